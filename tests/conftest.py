@@ -1,0 +1,22 @@
+import os
+
+import pytest
+from hypothesis import settings
+
+# Tests use no network: a model id that is no folder must fail at once and not ask a hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+# The tokenizers' threads warn when a test forks after using them.
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# A busy machine is no failure, and a red run must be red again.
+settings.register_profile("modelathe", deadline=None, derandomize=True)
+settings.load_profile("modelathe")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--accept", action="store_true", help="rewrite golden files that differ")
+
+
+@pytest.fixture
+def accept(request: pytest.FixtureRequest) -> bool:
+    """Whether golden files that differ are to be rewritten."""
+    return bool(request.config.getoption("--accept"))
