@@ -1,0 +1,100 @@
+"""What a program is: capture, run, print, verify, save."""
+
+from . import ops as _ops  # noqa: F401  (registers torch.ops.modelathe)
+from .blocks import Block, block_of, find_blocks, info_of, leave_block, path_of, set_info
+from .calls import (
+    Attention,
+    Embedding,
+    Linear,
+    Norm,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    is_weight,
+)
+from .capture import capture
+from .errors import (
+    CaptureError,
+    DataError,
+    FidelityError,
+    LoweringError,
+    ModelatheError,
+    PassError,
+    SpecSyntaxError,
+    StorageError,
+    VerifyError,
+)
+from .infer import insert_call
+from .printer import call_name, fingerprint, graph_text, to_text
+from .program import (
+    MAIN,
+    Kind,
+    Origin,
+    Program,
+    Signature,
+    parameter_count,
+    stored_bytes,
+)
+from .storage import is_program_folder, load_program, save_program
+from .verifier import INVARIANTS, verify
+from .weights import (
+    SCRATCH,
+    ComputedWeight,
+    FileWeight,
+    SafetensorsFile,
+    TensorWeight,
+    Weight,
+    Weights,
+    content_hash,
+)
+
+__all__ = [
+    "INVARIANTS",
+    "MAIN",
+    "SCRATCH",
+    "Attention",
+    "Block",
+    "CaptureError",
+    "ComputedWeight",
+    "DataError",
+    "Embedding",
+    "FidelityError",
+    "FileWeight",
+    "Kind",
+    "Linear",
+    "LoweringError",
+    "ModelatheError",
+    "Norm",
+    "Origin",
+    "PassError",
+    "Program",
+    "QuantizedEmbedding",
+    "QuantizedLinear",
+    "SafetensorsFile",
+    "Signature",
+    "SpecSyntaxError",
+    "StorageError",
+    "TensorWeight",
+    "VerifyError",
+    "Weight",
+    "Weights",
+    "block_of",
+    "call_name",
+    "capture",
+    "content_hash",
+    "find_blocks",
+    "fingerprint",
+    "graph_text",
+    "info_of",
+    "insert_call",
+    "is_program_folder",
+    "is_weight",
+    "leave_block",
+    "load_program",
+    "parameter_count",
+    "path_of",
+    "save_program",
+    "set_info",
+    "stored_bytes",
+    "to_text",
+    "verify",
+]

@@ -1,0 +1,274 @@
+"""A Hugging Face model folder: its module with fake parameters, its weights unread.
+
+Names in files are mapped to parameters by transformers' own conversion mapping, so that renamed
+heads and fused experts are found as ``from_pretrained`` finds them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import CaptureError
+from .weights import ComputedWeight, SafetensorsFile, TensorWeight, Weight
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return ``config.json`` of a model folder.
+
+    Raises:
+        CaptureError: there is none, it is not JSON, or it asks for code from the folder.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CaptureError(
+            f"{folder}: has no config.json",
+            remedy="pass a Hugging Face model folder: config.json, *.safetensors, tokenizer files",
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise CaptureError(f"{path}: is not JSON ({error})", remedy="fetch it again") from error
+    if not isinstance(config, dict):
+        raise CaptureError(f"{path}: holds no JSON object", remedy="fetch it again")
+    if "auto_map" in config:
+        raise CaptureError(
+            f"{path}: asks for Python code from the model folder (auto_map), which is never run",
+            remedy="build the model in your own module and pass package.module:factory",
+        )
+    return config
+
+
+def build(folder: Path, config: dict[str, Any]) -> Any:
+    """Return the transformers model of a folder, in evaluation mode, under the current mode.
+
+    The class is the one that the configuration names, else the model type's plain one.
+    """
+    import transformers
+
+    try:
+        parsed = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        raise CaptureError(
+            f"{folder / 'config.json'}: transformers cannot read it ({_first_line(error)})",
+            remedy=f"check model_type; installed transformers is {transformers.__version__}",
+        ) from error
+    name = (config.get("architectures") or [""])[0]
+    kind = getattr(transformers, name, None) if name else None
+    if name and kind is None:
+        raise CaptureError(
+            f"{folder / 'config.json'}: transformers {transformers.__version__} has no {name}",
+            remedy="install the transformers version that the model was made with",
+        )
+    dtype = _dtype(config)
+    options = {"dtype": dtype} if dtype is not None else {}
+    if kind is None:
+        return transformers.AutoModel.from_config(parsed, **options).eval()
+    return kind._from_config(parsed, **options).eval()
+
+
+def _dtype(config: dict[str, Any]) -> torch.dtype | None:
+    name = config.get("dtype") or config.get("torch_dtype")
+    if name is not None and name not in DTYPES:
+        raise CaptureError(
+            f"config.json: dtype {name} is not supported",
+            remedy="convert the checkpoint to float32, float16 or bfloat16",
+        )
+    return DTYPES.get(name) if name else None
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+@contextlib.contextmanager
+def fake_parameters(mode: Any) -> Iterator[None]:
+    """Make every parameter that modules register meanwhile a tensor without data.
+
+    Buffers stay real: rotary frequencies and the like are computed at construction and are in no
+    file.
+    """
+    from transformers import initialization
+
+    original = nn.Module.register_parameter
+
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not isinstance(param, torch._subclasses.FakeTensor):
+            with mode:
+                fake = torch.empty(param.shape, dtype=param.dtype)
+                param = nn.Parameter(fake, requires_grad=param.requires_grad)
+        original(self, name, param)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    try:
+        with initialization.no_init_weights():
+            yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+def stored_tensors(folder: Path, allow_pickle: bool = False) -> dict[str, Weight]:
+    """Return the tensors of a folder's weight files by the names they have there.
+
+    Raises:
+        CaptureError: there are none, or only pickled ones and ``allow_pickle`` is false.
+    """
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        paths = [_inside(folder, name) for name in names]
+    elif single.is_file():
+        paths = [single]
+    else:
+        return _pickled(folder, allow_pickle)
+    stored: dict[str, Weight] = {}
+    for path in paths:
+        stored |= SafetensorsFile(path).weights()
+    return stored
+
+
+def _inside(folder: Path, name: str) -> Path:
+    path = folder / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise CaptureError(
+            f"{folder}: the index names {name}, outside the folder", remedy="do not use this model"
+        )
+    return path
+
+
+def _pickled(folder: Path, allow_pickle: bool) -> dict[str, Weight]:
+    files = sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise CaptureError(
+            f"{folder}: has no model.safetensors", remedy="the folder must hold the weights too"
+        )
+    if not allow_pickle:
+        raise CaptureError(
+            f"{folder}: its weights are pickled ({files[0].name}), and a pickle can run code",
+            remedy="convert them to safetensors, or trust them with --allow-pickle",
+        )
+    stored: dict[str, Weight] = {}
+    for path in files:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        stored |= {name: TensorWeight(t) for name, t in tensors.items() if isinstance(t, Tensor)}
+    return stored
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Return, for every name of a parameter, the first name of the same parameter."""
+    first: dict[int, str] = {}
+    return {
+        name: first.setdefault(id(parameter), name)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+
+
+def map_weights(model: Any, stored: dict[str, Weight], folder: Path) -> dict[str, Weight]:
+    """Return a weight for every parameter and persistent buffer of ``model`` found in ``stored``.
+
+    Raises:
+        CaptureError: a parameter is in no file, or has another shape there.
+    """
+    found = _convert(model, stored)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    canonical = tied_names(model)
+    present = {canonical[name] for name in found if name in canonical}
+    missing = sorted({first for name, first in canonical.items() if first not in present})
+    if missing:
+        raise CaptureError(
+            f"{folder}: {len(missing)} of the model's weights are in no file, such as {missing[0]}",
+            remedy="the checkpoint is incomplete, or config.json describes another model",
+        )
+    for name, weight in found.items():
+        expected = parameters.get(name)
+        if expected is not None and tuple(expected.shape) != weight.shape:
+            raise CaptureError(
+                f"{folder}: {name} is {list(weight.shape)} in the file and "
+                f"{list(expected.shape)} by config.json",
+                remedy="weights and config.json belong to different models",
+            )
+    return found
+
+
+def _convert(model: Any, stored: dict[str, Weight]) -> dict[str, Weight]:
+    """Apply transformers' conversion mapping; an entry made of several tensors is computed."""
+    from transformers import conversion_mapping, core_model_loading
+
+    transforms = conversion_mapping.get_model_conversion_mapping(model)
+    converters = [t for t in transforms if isinstance(t, core_model_loading.WeightConverter)]
+    renamings = [t for t in transforms if isinstance(t, core_model_loading.WeightRenaming)]
+    state = model.state_dict(keep_vars=True)
+    groups: dict[str, list[tuple[str, str | None]]] = {}
+    for key in sorted(stored, key=core_model_loading.dot_natural_key):
+        target, pattern = core_model_loading.rename_source_key(
+            key, renamings, converters, model.base_model_prefix, state
+        )
+        groups.setdefault(target, []).append((key, pattern))
+    patterns = {pattern: c for c in converters for pattern in c.source_patterns}
+    found: dict[str, Weight] = {}
+    for target, parts in groups.items():
+        key, pattern = parts[0]
+        if pattern is None:
+            found[target] = stored[key]
+        else:
+            found |= _converted(model, patterns[pattern], target, parts, stored)
+    return found
+
+
+def _converted(
+    model: Any,
+    converter: Any,
+    target: str,
+    parts: list[tuple[str, str | None]],
+    stored: dict[str, Weight],
+) -> dict[str, Weight]:
+    """Return lazy entries for what ``converter`` makes of ``parts``."""
+    keys = [key for key, _ in parts]
+
+    def convert(*tensors: Tensor) -> dict[str, Tensor]:
+        fresh = copy.deepcopy(converter)
+        for (key, pattern), tensor in zip(parts, tensors, strict=True):
+            fresh.add_tensor(target, key, pattern, tensor)
+        made = fresh.convert(target, model=model, config=model.config)
+        return {n: t[0] if isinstance(t, list) else t for n, t in made.items()}
+
+    state = model.state_dict(keep_vars=True)
+    inputs = [stored[key] for key in keys]
+    names = _result_names(converter, target, state)
+    rule = f"convert {type(converter).__name__} {sorted(converter.source_patterns)}"
+    return {
+        name: ComputedWeight(
+            f"{rule} -> {name}",
+            inputs,
+            tuple(state[name].shape),
+            inputs[0].dtype,
+            lambda *tensors, name=name: convert(*tensors)[name],
+        )
+        for name in names
+    }
+
+
+def _result_names(converter: Any, target: str, state: dict[str, Any]) -> list[str]:
+    """Return the parameters that a conversion named ``target`` gives."""
+    made = [target]
+    for pattern in converter.target_patterns:
+        for other in converter.target_patterns:
+            if other in target:
+                made.append(target.replace(other, pattern))
+    names = sorted({name for name in made if name in state})
+    if not names:
+        raise CaptureError(
+            f"transformers' conversion to {target} names no parameter of the model",
+            remedy="report the architecture: its conversion is of a kind not met before",
+        )
+    return names

@@ -1,0 +1,169 @@
+"""The streaming interpreter: weights are loaded on use, values are freed after their last use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .errors import DataError
+from .program import MAIN, Program
+
+
+def run(
+    program: Program,
+    inputs: Mapping[str, Tensor],
+    graph: str = MAIN,
+    observe: Callable[[fx.Node, Any], None] | None = None,
+    dtype: torch.dtype | None = None,
+    bypass: Mapping[fx.Node, fx.Node] | None = None,
+) -> dict[str, Tensor]:
+    """Run a graph of ``program`` without gradients.
+
+    Args:
+        program: what to run.
+        inputs: a tensor for every input of the graph's signature.
+        graph: which graph.
+        observe: called with each node and its value.
+        dtype: compute every floating-point value in this dtype instead of the graph's own;
+            computed weights then round to it, not to the dtype they are stored in.
+        bypass: node to the node whose value its readers get instead.
+
+    Raises:
+        DataError: an input is missing, or is not one of the signature's.
+    """
+    signature = program.signatures[graph]
+    if set(inputs) != set(signature.inputs):
+        missing = [name for name in signature.inputs if name not in inputs]
+        unknown = [name for name in inputs if name not in signature.inputs]
+        raise DataError(f"inputs do not fit {graph}: missing {missing}, unknown {unknown}")
+    feed = [inputs[name] for name in signature.inputs]
+    if dtype is not None:
+        feed = [value.to(dtype) if value.is_floating_point() else value for value in feed]
+
+    def load(node: fx.Node) -> Tensor:
+        weight = program.weight(node)
+        return weight.load(dtype if weight.dtype.is_floating_point else None)
+
+    with torch.no_grad():
+        values = interpret(program.graphs[graph], feed, load, observe, dtype, bypass)
+    return dict(zip(signature.outputs, values, strict=True))
+
+
+def interpret(
+    graph: fx.Graph,
+    inputs: list[Tensor],
+    load: Callable[[fx.Node], Tensor],
+    observe: Callable[[fx.Node, Any], None] | None = None,
+    dtype: torch.dtype | None = None,
+    bypass: Mapping[fx.Node, fx.Node] | None = None,
+) -> tuple[Tensor, ...]:
+    """Call every node in order and return the outputs.
+
+    Args:
+        graph: a graph of calls.
+        inputs: one value per placeholder, in order.
+        load: gives the tensor of a ``get_attr`` node.
+        observe: called with each node and its value.
+        dtype: replaces every floating-point dtype that a call names.
+        bypass: node to the node whose value its readers get instead; what nobody reads then is
+            not called.
+    """
+    stands_for = _followed(bypass or {})
+    order = _needed(graph, stands_for) if bypass else list(graph.nodes)
+    dying = _last_uses(order, stands_for)
+    values: dict[fx.Node, Any] = {}
+
+    def value_of(node: fx.Node) -> Any:
+        return values[stands_for.get(node, node)]
+
+    feed = iter(inputs)
+    for node in order:
+        if node.op == "placeholder":
+            value: Any = next(feed)
+        elif node.op == "get_attr":
+            value = load(node)
+        elif node.op == "output":
+            return tuple(value_of(result) for result in node.args[0])
+        else:
+            args = fx.node.map_arg(node.args, value_of)
+            kwargs = fx.node.map_arg(node.kwargs, value_of)
+            if dtype is not None:
+                args, kwargs = fx.node.map_aggregate((args, kwargs), lambda a: _in_dtype(a, dtype))
+            value = node.target(*args, **kwargs)
+            del args, kwargs
+        if observe is not None:
+            observe(node, value)
+        values[node] = value
+        for source in dying.get(node, ()):
+            values.pop(source, None)
+    raise AssertionError("a graph ends with its output node")
+
+
+def _followed(bypass: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:
+    """Return ``bypass`` with chains of bypassed nodes followed to their end."""
+    found = {}
+    for node, instead in bypass.items():
+        while instead in bypass:
+            instead = bypass[instead]
+        found[node] = instead
+    return found
+
+
+def _needed(graph: fx.Graph, stands_for: Mapping[fx.Node, fx.Node]) -> list[fx.Node]:
+    """Return the inputs, the output and what it is made from, in graph order."""
+    needed = set(graph.find_nodes(op="placeholder"))
+    for node in reversed(graph.nodes):
+        if node.op == "output" or node in needed:
+            needed.add(node)
+            needed.update(stands_for.get(source, source) for source in node.all_input_nodes)
+    return [node for node in graph.nodes if node in needed]
+
+
+def _last_uses(
+    order: list[fx.Node], stands_for: Mapping[fx.Node, fx.Node]
+) -> dict[fx.Node, list[fx.Node]]:
+    """Return the values that nobody reads after a node, by that node."""
+    last_reader: dict[fx.Node, fx.Node] = {}
+    for node in order:
+        for source in node.all_input_nodes:
+            last_reader[stands_for.get(source, source)] = node
+    dying: dict[fx.Node, list[fx.Node]] = {}
+    for source, reader in last_reader.items():
+        dying.setdefault(reader, []).append(source)
+    return dying
+
+
+def _in_dtype(argument: Any, dtype: torch.dtype) -> Any:
+    if isinstance(argument, torch.dtype) and argument.is_floating_point:
+        return dtype
+    return argument
+
+
+class Bound(nn.Module):
+    """A graph of a program with its weights in memory, as a module.
+
+    Floating-point weights are parameters, so that the graph can be trained; the others are
+    buffers.  Dots in names become ``/``: a module's own names must not hold dots.
+    """
+
+    def __init__(self, program: Program, graph: str = MAIN) -> None:
+        super().__init__()
+        self.graph = program.graphs[graph]
+        self.signature = program.signatures[graph]
+        for name in {str(node.target) for node in self.graph.find_nodes(op="get_attr")}:
+            tensor = program.weights[name].load().clone()
+            if tensor.is_floating_point():
+                self.register_parameter(name.replace(".", "/"), nn.Parameter(tensor))
+            else:
+                self.register_buffer(name.replace(".", "/"), tensor)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Return the outputs in the order of ``signature.outputs``."""
+        return interpret(
+            self.graph,
+            list(inputs),
+            lambda node: getattr(self, str(node.target).replace(".", "/")),
+        )

@@ -1,0 +1,132 @@
+"""Shapes and dtypes: fake runs of calls under a program's own symbolic sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+from .errors import VerifyError
+from .program import Signature
+from .weights import Weight, Weights
+
+# Hints of the named sizes: different primes, so that no two sizes look equal by accident.
+_HINTS = (3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
+
+
+def fake_mode(graph: fx.Graph) -> FakeTensorMode:
+    """Return the mode that the values of ``graph`` live in."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch._subclasses.FakeTensor):
+            return value.fake_mode
+    raise VerifyError("typed", "graph", "has no tensor with a shape and dtype")
+
+
+def fake_weight(mode: FakeTensorMode, weight: Weight) -> torch.Tensor:
+    """Return a tensor without data that has the weight's shape and dtype."""
+    with mode:
+        return torch.empty(weight.shape, dtype=weight.dtype)
+
+
+class Sizes:
+    """Named symbolic sizes under one shape environment."""
+
+    def __init__(self) -> None:
+        self.env = ShapeEnv()
+        self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
+        self._sizes: dict[str, torch.SymInt] = {}
+
+    def named(self, name: str) -> torch.SymInt:
+        """Return the size called ``name``, new or known."""
+        if name not in self._sizes:
+            from torch._dynamo.source import ConstantSource
+
+            hint = _HINTS[len(self._sizes) % len(_HINTS)]
+            source = ConstantSource(f"size_{name}")
+            symbol = self.env.create_symbol(
+                hint, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None
+            )
+            size = self.env.create_symintnode(symbol, hint=hint, source=source)
+            assert isinstance(size, torch.SymInt)
+            self._sizes[name] = size
+        return self._sizes[name]
+
+    def size(self, text: int | str) -> int | torch.SymInt:
+        """Return the size that ``text`` stands for: a number, or a sum of products of names."""
+        if isinstance(text, int):
+            return text
+        total: int | torch.SymInt = 0
+        for term in text.split("+"):
+            product: int | torch.SymInt = 1
+            for factor in term.split("*"):
+                word = factor.strip()
+                product = product * (int(word) if word.isdigit() else self.named(word))
+            total = total + product
+        return total
+
+    def tensor(self, dims: tuple[int | str, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Return a tensor without data of those sizes."""
+        with self.mode:
+            return torch.empty(tuple(self.size(dim) for dim in dims), dtype=dtype)
+
+
+def infer_graph(
+    graph: fx.Graph,
+    signature: Signature,
+    weights: Weights,
+    dtypes: Mapping[str, torch.dtype],
+    sizes: Sizes,
+) -> None:
+    """Give every node of ``graph`` its shape and dtype, from the inputs' sizes and dtypes."""
+    names = iter(signature.inputs)
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            name = next(names)
+            node.meta["val"] = sizes.tensor(signature.dims[name], dtypes[name])
+        elif node.op == "get_attr":
+            node.meta["val"] = fake_weight(sizes.mode, weights[str(node.target)])
+        elif node.op == "call_function":
+            node.meta["val"] = infer_call(sizes.mode, node)
+
+
+def infer_call(mode: FakeTensorMode, node: fx.Node) -> Any:
+    """Return shape and dtype of a call from those of its arguments."""
+    args = fx.node.map_arg(node.args, lambda n: n.meta["val"])
+    kwargs = fx.node.map_arg(node.kwargs, lambda n: n.meta["val"])
+    assert callable(node.target)
+    # The python dispatcher knows shape rules for symbolic sizes that the C++ kernels refuse.
+    with enable_python_dispatcher(), mode, torch.no_grad():
+        return node.target(*args, **kwargs)
+
+
+def insert_call(
+    graph: fx.Graph,
+    target: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    before: fx.Node,
+    like: fx.Node,
+) -> fx.Node:
+    """Insert a typed call.
+
+    Args:
+        graph: the graph to edit.
+        target: the operator.
+        args: its arguments; nodes stand for their values.
+        kwargs: its keyword arguments.
+        before: the node that the call is listed before.
+        like: the node whose place in the model (module path, block) the call takes over.
+    """
+    with graph.inserting_before(before):
+        node = graph.call_function(target, args, kwargs or {})
+    node.meta["val"] = infer_call(fake_mode(graph), node)
+    if "custom" in like.meta:
+        node.meta["custom"] = like.meta["custom"]
+    return node
