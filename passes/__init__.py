@@ -1,0 +1,82 @@
+"""Passes, and what runs them.
+
+``ALL_PASSES`` is the table of ours; ``all_passes`` adds those that installed packages offer under
+the entry-point group ``modelathe.passes``.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+
+from ..ir import PassError
+from .base import Fidelity, Pass, PassResult, Remark
+from .canonicalize import Canonicalize
+from .context import PassContext
+from .data import TokenWindows
+from .depth import PruneBlocks
+from .fidelity import Budget, Measured
+from .norms import FoldNorms
+from .pipeline import Pipeline, PipelineResult, Step
+from .precision import ConvertDtype
+from .progress import Progress, SilentProgress
+from .quantization import QuantizeWeights
+from .spec import parse, to_spec
+from .tying import TieBlocks
+
+ALL_PASSES: tuple[type[Pass], ...] = (
+    Canonicalize,
+    FoldNorms,
+    PruneBlocks,
+    TieBlocks,
+    QuantizeWeights,
+    ConvertDtype,
+)
+REGISTRY: dict[str, type[Pass]] = {kind.name: kind for kind in ALL_PASSES}
+
+
+def all_passes() -> dict[str, type[Pass]]:
+    """Return every pass by its name: ours, and those of installed packages.
+
+    Raises:
+        PassError: an installed pass has a name that is taken, or is no pass.
+    """
+    found = dict(REGISTRY)
+    for entry in entry_points(group="modelathe.passes"):
+        kind = entry.load()
+        if not (isinstance(kind, type) and issubclass(kind, Pass)):
+            raise PassError(f"entry point {entry.name} ({entry.value}) is no pass")
+        if found.setdefault(kind.name, kind) is not kind:
+            raise PassError(
+                f"two passes are called {kind.name}: {found[kind.name].__module__} and "
+                f"{kind.__module__}",
+                remedy="uninstall one of the packages, or write module:Class",
+            )
+    return found
+
+
+__all__ = [
+    "ALL_PASSES",
+    "REGISTRY",
+    "Budget",
+    "Canonicalize",
+    "ConvertDtype",
+    "Fidelity",
+    "FoldNorms",
+    "Measured",
+    "Pass",
+    "PassContext",
+    "PassResult",
+    "Pipeline",
+    "PipelineResult",
+    "Progress",
+    "PruneBlocks",
+    "QuantizeWeights",
+    "Remark",
+    "SilentProgress",
+    "Step",
+    "TieBlocks",
+    "TokenWindows",
+    "all_passes",
+    "parse",
+    "to_spec",
+]

@@ -1,0 +1,196 @@
+"""What a pass may read besides the program: data that cannot be written in a pipeline text."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..ir import DataError, Program
+from .data import (
+    TextSource,
+    TokenWindows,
+    calibration_windows,
+    check_windows,
+    random_tokens,
+    read_text,
+)
+from .progress import Progress, SilentProgress
+
+SELF = "self"
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """Calibration data, seed and listener of one run.
+
+    Attributes:
+        calibration: a text file, an iterable of texts, token windows, ``self`` for sequences that
+            the model generates itself, or None: then ``self`` on decoders that fit in memory,
+            random tokens on encoders.
+        check_text: what fidelity is measured on; None for the calibration text's last tenth,
+            which never calibrates, else for text of the model's own.
+        calibration_samples: windows to calibrate on, at least 1.
+        calibration_length: tokens in a window; cut to the model's maximum.
+        check_tokens: tokens to measure fidelity on, at most.
+        seed: of everything random.
+        device: where heavy work runs.
+        progress: who is told how far long work is.
+    """
+
+    calibration: TextSource | TokenWindows | None = None
+    check_text: TextSource | TokenWindows | None = None
+    calibration_samples: int = 128
+    calibration_length: int = 512
+    check_tokens: int = 8192
+    seed: int = 0
+    device: str = "cpu"
+    progress: Progress = field(default_factory=SilentProgress)
+    # Windows already made in this run, by what they were made for.
+    _made: dict[str, TokenWindows] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("calibration_samples", "calibration_length", "check_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is at least 1, got {getattr(self, name)}")
+        for name in ("calibration", "check_text"):
+            source = getattr(self, name)
+            if source is not None and not isinstance(source, str | Path | TokenWindows):
+                # An iterator can be read once, and two things may want to read it.
+                object.__setattr__(self, name, read_text(source))
+
+    def fresh(self) -> PassContext:
+        """Return the same context with no windows made yet, for one run of a pipeline."""
+        return dataclasses.replace(self, _made={})
+
+    def used(self) -> dict[str, dict[str, Any]]:
+        """Return source, sha256 and size of the windows that this run made, by purpose."""
+        return {
+            purpose: {
+                "source": windows.source,
+                "sha256": windows.sha256,
+                "windows": list(windows.tokens.shape),
+            }
+            for purpose, windows in self._made.items()
+        }
+
+    def calibration_tokens(self, program: Program) -> TokenWindows:
+        """Return the windows to calibrate on.
+
+        Raises:
+            DataError: there is no text, none can be made up, or it is too short.
+        """
+        if "calibration" not in self._made:
+            self._made["calibration"] = self._calibration(program)
+        return self._made["calibration"]
+
+    def check_tokens_of(self, program: Program) -> TokenWindows | None:
+        """Return the windows to measure fidelity on; None where a model reads no tokens."""
+        if "check" not in self._made:
+            if not _reads_tokens(program):
+                return None
+            self._made["check"] = self._check(program)
+        return self._made["check"]
+
+    def _length(self, program: Program) -> int:
+        return min(self.calibration_length, maximum_length(program) or self.calibration_length)
+
+    def _calibration(self, program: Program) -> TokenWindows:
+        if isinstance(self.calibration, TokenWindows):
+            return self.calibration
+        if not _reads_tokens(program):
+            raise DataError(
+                f"{program.origin.model} reads no tokens, so text cannot calibrate it",
+                remedy="use passes that need no calibration",
+            )
+        if self.calibration is None or self.calibration == SELF:
+            return self._made_up(program, self.calibration_samples, self._length(program))
+        return calibration_windows(
+            self.calibration,
+            tokenizer_of(program),
+            samples=self.calibration_samples,
+            length=self._length(program),
+            seed=self.seed,
+            vocab_size=vocabulary(program),
+        )
+
+    def _check(self, program: Program) -> TokenWindows:
+        length = min(self._length(program), self.check_tokens)
+        if isinstance(self.check_text, TokenWindows):
+            return self.check_text
+        text = self.check_text
+        if text is None and not isinstance(self.calibration, TokenWindows):
+            text = None if self.calibration == SELF else self.calibration
+        if text is None:
+            samples = max(1, self.check_tokens // length)
+            return self._made_up(program, samples, length, purpose="checks")
+        return check_windows(
+            text,
+            tokenizer_of(program),
+            length=length,
+            limit=self.check_tokens,
+            whole=self.check_text is not None,
+            vocab_size=vocabulary(program),
+        )
+
+    def _made_up(
+        self, program: Program, samples: int, length: int, purpose: str = "calibration"
+    ) -> TokenWindows:
+        """Return text of a decoder's own, or random tokens for an encoder."""
+        from .self_text import generate_windows
+
+        # Checks must not see the very sequences that calibrated.
+        seed = self.seed + (1 if purpose == "checks" else 0)
+        if program.kind == "decoder":
+            self.progress.note(
+                f"no text given: {purpose} uses {samples} sequences of {length} tokens that the "
+                "model generates itself (pass --calibration FILE for better ones)"
+            )
+            return generate_windows(program, samples, length, seed, self.progress)
+        if program.kind == "encoder":
+            self.progress.note(f"no text given: {purpose} uses seeded random tokens")
+            return random_tokens(vocabulary(program) or 2, samples, length, seed)
+        raise DataError(
+            f"{program.origin.model} ({program.kind}) cannot make up text for {purpose}",
+            remedy="pass a text: --calibration FILE",
+        )
+
+
+def _reads_tokens(program: Program) -> bool:
+    return any("input_ids" in signature.inputs for signature in program.signatures.values())
+
+
+def maximum_length(program: Program) -> int | None:
+    """Return the longest sequence that the model was made for, in tokens, as its config says."""
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
+    found = [program.config.get(name) for name in names]
+    longest = min((n for n in found if isinstance(n, int) and n > 0), default=None)
+    if longest is not None and program.config.get("model_type") in ("roberta", "mpnet"):
+        return longest - 2  # their positions start at pad_token_id + 1
+    return longest
+
+
+def vocabulary(program: Program) -> int | None:
+    """Return how many tokens the model knows."""
+    size = program.config.get("vocab_size")
+    return size if isinstance(size, int) else None
+
+
+def tokenizer_of(program: Program) -> Any:
+    """Return the tokenizer that lies beside the model, or None when there is none."""
+    folder = program.origin.folder
+    if folder is None:
+        return None
+    if (folder / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+    if any((folder / name).is_file() for name in ("tokenizer_config.json", "vocab.txt")):
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return None

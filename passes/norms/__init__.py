@@ -1,0 +1,5 @@
+"""Passes about LayerNorm and RMSNorm."""
+
+from .fold_norms import FoldNorms
+
+__all__ = ["FoldNorms"]

@@ -1,0 +1,157 @@
+"""Small seeded inputs for any program: what checks run before and after a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, fx
+
+from ..ir import MAIN, Embedding, Program, QuantizedEmbedding, is_weight
+from .context import maximum_length
+
+Inputs = dict[str, Tensor]
+
+
+def dtype_of(program: Program, graph: str, name: str) -> torch.dtype:
+    """Return the dtype of an input."""
+    for node in program.graphs[graph].find_nodes(op="placeholder"):
+        if node.target == name:
+            dtype: torch.dtype = node.meta["val"].dtype
+            return dtype
+    raise KeyError(name)
+
+
+def sizes_of(dims: tuple[int | str, ...], sizes: Mapping[str, int]) -> list[int]:
+    """Return numbers for symbolic sizes; a name that ``sizes`` leaves out counts 4."""
+    return [dim if isinstance(dim, int) else _size(dim, sizes) for dim in dims]
+
+
+def _size(text: str, sizes: Mapping[str, int]) -> int:
+    total = 0
+    for term in text.split("+"):
+        product = 1
+        for factor in term.split("*"):
+            word = factor.strip()
+            product *= int(word) if word.isdigit() else sizes.get(word, 4)
+        total += product
+    return total
+
+
+def probe(program: Program, graph: str, seed: int = 0, **sizes: int) -> Inputs:
+    """Return seeded inputs of a graph.
+
+    Token ids and whatever else indexes a table are random, masks all ones, positions those after
+    ``past``; floating-point inputs are normal.
+
+    Args:
+        program: whose signature to follow.
+        graph: which graph.
+        seed: of the generator.
+        **sizes: values of symbolic sizes, such as ``batch=2, sequence=5, past=0``.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    made: Inputs = {}
+    for node in program.graphs[graph].find_nodes(op="placeholder"):
+        name, dtype = str(node.target), node.meta["val"].dtype
+        shape = sizes_of(program.signatures[graph].dims[name], sizes)
+        if dtype.is_floating_point:
+            made[name] = torch.randn(shape, generator=generator).to(dtype)
+        elif dtype == torch.bool or "mask" in name:
+            made[name] = torch.ones(shape, dtype=dtype)
+        elif name == "position_ids":
+            past = sizes.get("past", 0)
+            made[name] = torch.arange(past, past + shape[-1]).expand(shape).contiguous()
+        else:
+            largest = _largest_index(program, node)
+            made[name] = torch.randint(largest, shape, generator=generator, dtype=dtype)
+    return made
+
+
+def _largest_index(program: Program, node: fx.Node) -> int:
+    """Return how many rows the tables have that an input of whole numbers indexes; 1 for none."""
+    rows = [
+        program.weight(table.weight).shape[0]
+        for user in node.users
+        if (table := Embedding.match(user)) and is_weight(table.weight)
+    ]
+    coded = [
+        program.weight(table.codes).shape[0]
+        for user in node.users
+        if (table := QuantizedEmbedding.match(user))
+    ]
+    vocabulary = program.config.get("vocab_size")
+    if str(node.target).endswith("input_ids") and isinstance(vocabulary, int):
+        rows.append(vocabulary)
+    return min([*rows, *coded], default=1)
+
+
+def probes(program: Program, seed: int = 0) -> Iterator[tuple[str, Inputs]]:
+    """Yield small inputs for each graph: with and without a cache, with and without padding.
+
+    The longer ones have more positions than the sliding windows of tiny models.
+    """
+    longest = maximum_length(program) or 64
+    for graph, signature in program.signatures.items():
+        masked = any("mask" in name for name in signature.inputs)
+        cached = any("past" in str(dim) for dims in signature.dims.values() for dim in dims)
+        made = [probe(program, graph, seed, batch=2, sequence=min(12, longest), source=5, past=0)]
+        if cached:
+            past = min(7, longest - 1)
+            made.append(probe(program, graph, seed + 1, batch=1, sequence=1, source=5, past=past))
+        if masked:
+            past = min(3, longest - 1) if cached else 0
+            length = min(6, longest - past)
+            sizes = {"batch": 2, "sequence": length, "source": 5, "past": past}
+            made.append(padded(probe(program, graph, seed + 2, **sizes)))
+        yield from ((graph, inputs) for inputs in made)
+
+
+def padded(inputs: Inputs, count: int = 2) -> Inputs:
+    """Return the inputs with the first ``count`` places of the first row masked out.
+
+    Positions count what is not masked.  A mask as short as ``count`` keeps its last place.
+    """
+    made = dict(inputs)
+    for name, value in inputs.items():
+        if "mask" in name and value.dim() == 2:
+            made[name] = value.clone()
+            made[name][0, : min(count, value.shape[1] - 1)] = 0
+    if "position_ids" in made and "attention_mask" in made:
+        positions = (made["attention_mask"].cumsum(-1) - 1).clamp_min(0)
+        made["position_ids"] = positions[:, -inputs["position_ids"].shape[-1] :].contiguous()
+    return made
+
+
+def empty_cache(program: Program, batch: int, graph: str = MAIN) -> Inputs:
+    """Return a cache of length 0; nothing for a decoder without one."""
+    signature = program.signatures[graph]
+    return {
+        name: torch.zeros(
+            sizes_of(signature.dims[name], {"batch": batch, "past": 0}),
+            dtype=dtype_of(program, graph, name),
+        )
+        for name in signature.inputs
+        if name.startswith("past_key_values.")
+    }
+
+
+def feeds(program: Program, tokens: Tensor, cache: Mapping[str, Tensor], past: int) -> Inputs:
+    """Return the inputs of a decoder's or encoder's only graph for unpadded tokens.
+
+    Args:
+        program: a program that reads tokens.
+        tokens: int64 [batch, sequence].
+        cache: past keys and values.
+        past: how many tokens the cache holds.
+    """
+    batch, length = tokens.shape
+    given: Inputs = {"input_ids": tokens, **cache}
+    for name in program.signature.inputs:
+        if name == "attention_mask":
+            given[name] = torch.ones((batch, past + length), dtype=torch.int64)
+        elif name == "position_ids":
+            given[name] = torch.arange(past, past + length).expand(batch, length).contiguous()
+        elif name == "token_type_ids":
+            given[name] = torch.zeros((batch, length), dtype=torch.int64)
+    return given
