@@ -24,6 +24,7 @@ from .errors import (
     VerifyError,
 )
 from .infer import insert_call
+from .precision import cast_weight, converted, kept_calls, main_dtype
 from .printer import call_name, fingerprint, graph_text, to_text
 from .program import (
     MAIN,
@@ -80,7 +81,9 @@ __all__ = [
     "block_of",
     "call_name",
     "capture",
+    "cast_weight",
     "content_hash",
+    "converted",
     "find_blocks",
     "fingerprint",
     "graph_text",
@@ -88,8 +91,10 @@ __all__ = [
     "insert_call",
     "is_program_folder",
     "is_weight",
+    "kept_calls",
     "leave_block",
     "load_program",
+    "main_dtype",
     "parameter_count",
     "path_of",
     "save_program",

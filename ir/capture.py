@@ -170,7 +170,7 @@ def _capture_pt2(path: Path, allow_pickle: bool) -> Program:
         raise CaptureError(
             f"{path}: torch.export.load rejects it", remedy="export it again with this torch"
         ) from error
-    program = _from_exported(exported, str(path), {}, {}, None)
+    program = _from_exported(exported, str(path), None)
     origin = replace(program.origin, recapture=lambda: _capture_pt2(path, allow_pickle))
     return replace(program, origin=origin)
 
@@ -215,9 +215,7 @@ def _capture_wrapped(
         signature = Signature(tuple(wrapped.inputs), wrapped.outputs, dict(wrapped.inputs))
         dtypes = {n: wrapped.dtypes.get(n, torch.int64) for n in wrapped.inputs}
         _add_graph(program, graph, exported, signature, dtypes, sizes, found, tied, prefix="model.")
-    program.weights.aliases = {
-        alias: first for alias, first in tied.items() if alias != first and first in program.weights
-    }
+    _note_aliases(program, tied)
     return program
 
 
@@ -231,7 +229,11 @@ def _export(wrapped: Wrapped, name: str) -> torch.export.ExportedProgram:
 
 
 def _exported(
-    module: nn.Module, args: tuple[Any, ...], dynamic: Any, name: str
+    module: nn.Module,
+    args: tuple[Any, ...],
+    dynamic: Any,
+    name: str,
+    named: dict[str, Any] | None = None,
 ) -> torch.export.ExportedProgram:
     """Export functionally.
 
@@ -241,12 +243,12 @@ def _exported(
     try:
         with torch.no_grad():
             exported: torch.export.ExportedProgram = torch.export.export(
-                module, args, dynamic_shapes=dynamic, strict=False
+                module, args, named, dynamic_shapes=dynamic, strict=False
             ).run_decompositions({})
             return exported
-    except ModelatheError:
-        raise
     except Exception as error:
+        if isinstance(error, ModelatheError):
+            raise
         first = str(error).strip().partition("\n")[0]
         raise CaptureError(
             f"{name}: torch.export cannot follow it: {first}",
@@ -261,26 +263,14 @@ def _capture_plain(
     example_inputs: tuple[Tensor, ...] | Mapping[str, Tensor],
     dynamic_shapes: Any,
 ) -> Program:
-    if isinstance(example_inputs, Mapping):
-        keywords = dict(example_inputs)
-        try:
-            with torch.no_grad():
-                exported = torch.export.export(
-                    model, (), keywords, dynamic_shapes=dynamic_shapes, strict=False
-                ).run_decompositions({})
-        except Exception as error:
-            raise CaptureError(f"{name}: torch.export cannot follow it: {error}") from error
-    else:
-        exported = _exported(model, tuple(example_inputs), dynamic_shapes, name)
-    return _from_exported(exported, name, {}, {}, model)
+    named = dict(example_inputs) if isinstance(example_inputs, Mapping) else None
+    args = tuple(example_inputs) if named is None else ()
+    exported = _exported(model, args, dynamic_shapes, name, named)
+    return _from_exported(exported, name, model)
 
 
 def _from_exported(
-    exported: torch.export.ExportedProgram,
-    name: str,
-    found: Mapping[str, Weight],
-    config: dict[str, Any],
-    model: nn.Module | None,
+    exported: torch.export.ExportedProgram, name: str, model: nn.Module | None
 ) -> Program:
     """Build a program of kind ``module``; sizes keep the names that the user gave them."""
     from .symbols import input_dims
@@ -291,11 +281,28 @@ def _from_exported(
         f"output_{i}" if len(exported.graph_signature.user_outputs) > 1 else "output"
         for i in range(len(exported.graph_signature.user_outputs))
     )
-    program = Program({}, {}, Weights(), config, Origin(name, "module"))
+    program = Program({}, {}, Weights(), {}, Origin(name, "module"))
     signature = Signature(tuple(dims), outputs, dims)
-    tied = tied_names(model) if model is not None else {}
-    _add_graph(program, MAIN, exported, signature, dtypes, Sizes(), found, tied)
+    tied = _tied_tensors(exported.state_dict) if model is None else tied_names(model)
+    _add_graph(program, MAIN, exported, signature, dtypes, Sizes(), {}, tied)
+    _note_aliases(program, tied)
     return program
+
+
+def _tied_tensors(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return, for every name of a tensor, the first name of the same numbers in memory."""
+    first: dict[Any, str] = {}
+    return {
+        name: first.setdefault((t.data_ptr(), t.dtype, t.shape, t.stride()), name)
+        for name, t in state.items()
+        if t.numel()
+    }
+
+
+def _note_aliases(program: Program, tied: Mapping[str, str]) -> None:
+    program.weights.aliases = {
+        alias: first for alias, first in tied.items() if alias != first and first in program.weights
+    }
 
 
 _VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)

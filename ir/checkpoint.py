@@ -57,23 +57,29 @@ def build(folder: Path, config: dict[str, Any]) -> Any:
 
     try:
         parsed = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, TypeError) as error:
+    except Exception as error:  # validation of a configuration raises nearly anything
         raise CaptureError(
             f"{folder / 'config.json'}: transformers cannot read it ({_first_line(error)})",
             remedy=f"check model_type; installed transformers is {transformers.__version__}",
         ) from error
     name = (config.get("architectures") or [""])[0]
     kind = getattr(transformers, name, None) if name else None
-    if name and kind is None:
+    if name and not hasattr(kind, "_from_config"):
         raise CaptureError(
             f"{folder / 'config.json'}: transformers {transformers.__version__} has no {name}",
             remedy="install the transformers version that the model was made with",
         )
     dtype = _dtype(config)
     options = {"dtype": dtype} if dtype is not None else {}
-    if kind is None:
-        return transformers.AutoModel.from_config(parsed, **options).eval()
-    return kind._from_config(parsed, **options).eval()
+    try:
+        if kind is None:
+            return transformers.AutoModel.from_config(parsed, **options).eval()
+        return kind._from_config(parsed, **options).eval()
+    except Exception as error:  # a model's constructor raises nearly anything
+        raise CaptureError(
+            f"{folder / 'config.json'}: no model can be made of it ({_first_line(error)})",
+            remedy="the configuration is not that of a model; fetch it again",
+        ) from error
 
 
 def _dtype(config: dict[str, Any]) -> torch.dtype | None:
@@ -125,8 +131,7 @@ def stored_tensors(folder: Path, allow_pickle: bool = False) -> dict[str, Weight
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        paths = [_inside(folder, name) for name in names]
+        paths = [_inside(folder, name) for name in _shards(index)]
     elif single.is_file():
         paths = [single]
     else:
@@ -135,6 +140,16 @@ def stored_tensors(folder: Path, allow_pickle: bool = False) -> dict[str, Weight
     for path in paths:
         stored |= SafetensorsFile(path).weights()
     return stored
+
+
+def _shards(index: Path) -> list[str]:
+    """Return the names of the files that an index lists."""
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CaptureError(
+            f"{index}: is no index of weight files ({_first_line(error)})", remedy="fetch it again"
+        ) from error
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -159,7 +174,13 @@ def _pickled(folder: Path, allow_pickle: bool) -> dict[str, Weight]:
         )
     stored: dict[str, Weight] = {}
     for path in files:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # whatever the pickle machine meets
+            raise CaptureError(
+                f"{path}: is not a checkpoint of plain tensors ({_first_line(error)})",
+                remedy="convert it to safetensors where it was made",
+            ) from error
         stored |= {name: TensorWeight(t) for name, t in tensors.items() if isinstance(t, Tensor)}
     return stored
 

@@ -93,6 +93,7 @@ def infer_graph(
             node.meta["val"] = fake_weight(sizes.mode, weights[str(node.target)])
         elif node.op == "call_function":
             node.meta["val"] = infer_call(sizes.mode, node)
+            note_inferred(node)
 
 
 def infer_call(mode: FakeTensorMode, node: fx.Node) -> Any:
@@ -103,6 +104,42 @@ def infer_call(mode: FakeTensorMode, node: fx.Node) -> Any:
     # The python dispatcher knows shape rules for symbolic sizes that the C++ kernels refuse.
     with enable_python_dispatcher(), mode, torch.no_grad():
         return node.target(*args, **kwargs)
+
+
+def _arguments(node: fx.Node) -> list[Any]:
+    """Return what a call depends on: its target, and the values and constants it is given."""
+    found: list[Any] = [node.target, node.meta["val"]]
+
+    def note(leaf: Any) -> Any:
+        found.append(leaf.meta["val"] if isinstance(leaf, fx.Node) else leaf)
+        return leaf
+
+    fx.node.map_aggregate((node.args, node.kwargs), note)
+    return found
+
+
+def note_inferred(node: fx.Node) -> None:
+    """Note that the type of a call follows from its arguments as they are."""
+    node.meta["inferred"] = _arguments(node)
+
+
+def is_inferred(node: fx.Node) -> bool:
+    """Tell whether neither a call nor the types of its arguments changed since it was inferred.
+
+    Copies of a graph share these notes, so that only what a pass edited is inferred again.
+    """
+    noted = node.meta.get("inferred")
+    if noted is None:
+        return False
+    found = _arguments(node)
+    return len(noted) == len(found) and all(map(_same, noted, found))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    plain = (bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
+    return type(a) is type(b) and isinstance(a, plain) and a == b
 
 
 def insert_call(
@@ -127,6 +164,7 @@ def insert_call(
     with graph.inserting_before(before):
         node = graph.call_function(target, args, kwargs or {})
     node.meta["val"] = infer_call(fake_mode(graph), node)
+    note_inferred(node)
     if "custom" in like.meta:
         node.meta["custom"] = like.meta["custom"]
     return node

@@ -241,7 +241,7 @@ def encode(weight: Tensor, grid: Grid) -> Tensor:
     grouped = weight.to(wide).reshape(*grid.scales.shape, -1)
     steps = grouped / grid.scales.to(wide).unsqueeze(-1)
     codes = steps.round_().add_(grid.zero_points(wide)).clamp_(0, grid.qtype.largest_code)
-    return codes.to(torch.uint8).view(weight.shape)
+    return codes.to(torch.uint8).reshape(weight.shape)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 
 from .blocks import block_of
 from .errors import VerifyError
-from .infer import fake_mode, infer_call
+from .infer import fake_mode, infer_call, is_inferred, note_inferred
 from .printer import call_name
 from .program import Program
 
@@ -121,7 +121,7 @@ def shapes_agree(program: Program, graph: fx.Graph) -> None:
     """The noted shape and dtype of each call are those that its arguments give."""
     mode = fake_mode(graph)
     for node in graph.nodes:
-        if node.op != "call_function":
+        if node.op != "call_function" or is_inferred(node):
             continue
         try:
             value = infer_call(mode, node)
@@ -131,6 +131,7 @@ def shapes_agree(program: Program, graph: fx.Graph) -> None:
             raise VerifyError("shapes-agree", f"%{node.name}", detail) from error
         if (found := _type(value)) != (noted := _type(node.meta["val"])):
             raise VerifyError("shapes-agree", f"%{node.name}", f"gives {found}, noted is {noted}")
+        note_inferred(node)
 
 
 def _type(value: Any) -> str:

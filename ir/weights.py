@@ -222,7 +222,7 @@ class ComputedWeight(Weight):
         return self._kept is not None and self._kept.written
 
     def _evaluate(self, dtype: torch.dtype | None = None) -> Tensor:
-        loaded = (w.load(dtype if w.dtype.is_floating_point else None) for w in self.inputs)
+        loaded = (self._input(w, dtype if w.dtype.is_floating_point else None) for w in self.inputs)
         result = self.function(*loaded).detach()
         if tuple(result.shape) != self.shape:
             raise StorageError(f"rule {self.rule} gave {tuple(result.shape)}, not {self.shape}")
@@ -243,9 +243,25 @@ class ComputedWeight(Weight):
             )
         return value
 
-    def load(self, dtype: torch.dtype | None = None) -> Tensor:
-        if dtype is not None and self.dtype.itemsize < dtype.itemsize and not self.rounded:
+    def _input(self, weight: Weight, dtype: torch.dtype | None) -> Tensor:
+        """Load an input; when this result is kept, what it was made from need not be."""
+        if self.keep and isinstance(weight, ComputedWeight) and weight._kept is None:
+            return weight._fresh(dtype)
+        return weight.load(dtype)
+
+    def _is_wider(self, dtype: torch.dtype | None) -> bool:
+        return dtype is not None and self.dtype.itemsize < dtype.itemsize and not self.rounded
+
+    def _fresh(self, dtype: torch.dtype | None) -> Tensor:
+        """Return the value in ``dtype``, evaluated now and not kept."""
+        if self._is_wider(dtype):
             return self._evaluate(dtype).to(dtype)  # all the way from wide inputs
+        value = self._rounded()
+        return value if dtype is None else value.to(dtype)
+
+    def load(self, dtype: torch.dtype | None = None) -> Tensor:
+        if self._is_wider(dtype):
+            return self._fresh(dtype)
         with self._lock:
             if self._kept is None:
                 value = self._rounded()

@@ -114,17 +114,20 @@ def test_clipping_never_adds_squared_error_and_helps_normal_rows() -> None:
         assert clipped[:3].sum() < 0.9 * plain[:3].sum()
 
 
-def test_clipping_finds_the_best_of_its_80_factors() -> None:
-    weight = torch.randn(1, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    qtype = QuantType(3, -1, symmetric=False)
+@pytest.mark.parametrize(("bits", "outlier"), [(3, 3.0), (2, 12.0)])
+def test_clipping_finds_the_best_of_its_80_factors(bits: int, outlier: float) -> None:
+    weight = torch.randn(1, 2048, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weight[0, 7] = outlier
+    qtype = QuantType(bits, -1, symmetric=False)
     plain = choose_grid(weight, qtype)
     errors = []
     for step in range(80):
         grid = quant.Grid(qtype, plain.scales * (1 - step / 100), plain.zeros)
         restored = QuantizedTensor.from_codes(quant.encode(weight, grid), grid).dequantize()
-        errors.append((restored - weight).square().sum())
+        errors.append((restored - weight).square().sum().item())
     clipped = quantize(weight, qtype, "weight").dequantize()
-    assert (clipped - weight).square().sum() == pytest.approx(min(errors).item())
+    assert (clipped - weight).square().sum().item() == pytest.approx(min(errors))
+    assert (errors.index(min(errors)) > 50) is (outlier > 10)
 
 
 @pytest.mark.parametrize("clip", ["none", "weight"])
@@ -136,6 +139,13 @@ def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch, clip: quant.Clip)
     assert tiled.codes.equal(whole.codes)
     assert tiled.scales.equal(whole.scales)
     assert tiled.dequantize().equal(whole.dequantize())
+
+
+@pytest.mark.parametrize("group_size", [-1, 32])
+def test_a_transposed_weight_is_quantized_like_its_copy(group_size: int) -> None:
+    weight, qtype = rows_of_every_kind(torch.float32), QuantType(4, group_size, symmetric=False)
+    strided = weight.T.contiguous().T
+    assert quantize(strided, qtype).codes.equal(quantize(weight, qtype).codes)
 
 
 def test_bytes_are_those_of_the_tensors() -> None:

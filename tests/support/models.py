@@ -1,0 +1,292 @@
+"""Tiny models: each built from a seed, with perturbed weights, and captured once per session.
+
+``MODELS`` is what contract tests run on: one small model for each thing that passes look at, and
+eight transformers models.  ``program(name)`` is a captured model, ``canonical(name)`` what every
+pass is given in a pipeline.  Programs are values, so tests may share them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modelathe.ir import Program, capture
+from modelathe.passes import Canonicalize, PassContext, TokenWindows
+
+VOCABULARY = 48
+LENGTH = 32  # the longest text that the transformers models are made for
+WINDOW = 4  # of sliding attention
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """How to build a model and what to trace it with.
+
+    Attributes:
+        build: makes the module; weights are perturbed afterwards.
+        inputs: example inputs; None for a transformers model, which needs none.
+        dynamic: as ``torch.export.export`` takes it.
+    """
+
+    build: Callable[[], nn.Module]
+    inputs: tuple[Tensor, ...] | None = None
+    dynamic: Any = None
+
+    def module(self) -> nn.Module:
+        """Return a fresh module; the same weights every time."""
+        torch.manual_seed(0)
+        model = self.build().eval()
+        perturb(model)
+        return model
+
+
+def perturb(model: nn.Module, seed: int = 0) -> None:
+    """Give norms and biases values that matter, and matrices unit gain: defaults hide bugs."""
+    generator = torch.Generator().manual_seed(seed)
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            if id(parameter) in tables:
+                parameter.copy_(0.5 * noise)
+            elif parameter.dim() >= 2:
+                parameter.copy_(noise * parameter[0].numel() ** -0.5)
+            else:
+                parameter.add_(0.3 * noise)
+
+
+class NormMlp(nn.Module):
+    """LayerNorm, dropout, a clone, two linears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.drop = nn.LayerNorm(8), nn.Dropout(0.1)
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.down(torch.relu(self.up(self.drop(self.norm(x)).clone())))
+        return result
+
+
+class NormLinears(nn.Module):
+    """A norm that two linears read, one of them without a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.left, self.right = nn.Linear(8, 8), nn.Linear(8, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        result: Tensor = self.left(y) * self.right(y)
+        return result
+
+
+class NormAsWeight(nn.Module):
+    """A norm that a linear reads as its weight: it must not be folded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.basis = nn.LayerNorm(8), nn.Parameter(torch.zeros(4, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.norm(self.basis))
+
+
+class PostNorm(nn.Module):
+    """A norm that a residual sum reads beside the linear: it must not be folded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up = nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        result: Tensor = y + self.up(y)
+        return result
+
+
+class HandWritten(nn.Module):
+    """RMSNorm, gelu and ``x W + b`` with ``W: [in, out]`` spelled out, as GPT-2 and Gemma do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain, self.shift = nn.Parameter(torch.ones(8)), nn.Parameter(torch.zeros(8))
+        self.matrix = nn.Parameter(torch.zeros(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        y = (x * scale) * (1 + self.gain)
+        flat = torch.addmm(self.shift, y.view(-1, 8), self.matrix)
+        z = flat.view(x.shape)
+        return 0.5 * z * (1 + torch.tanh(0.7978845608028654 * (z + 0.044715 * z.pow(3))))
+
+
+class Block(nn.Module):
+    """``x + down(relu(up(norm(x))))``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = x + self.down(torch.relu(self.up(self.norm(x))))
+        return result
+
+
+class TiedBlocks(nn.Module):
+    """Embedding, two blocks, norm, and a head that shares the embedding's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(16, 8)
+        self.layers = nn.ModuleList([Block(), Block()])
+        self.norm, self.head = nn.LayerNorm(8, bias=False), nn.Linear(8, 16, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        result: Tensor = self.head(self.norm(x))
+        return result
+
+
+class TiedHead(nn.Module):
+    """Embedding, norm, and a head that shares the embedding's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(16, 8), nn.LayerNorm(8)
+        self.head = nn.Linear(8, 16, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        result: Tensor = self.head(self.norm(self.embed(ids)))
+        return result
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """Builds a transformers model from a tiny configuration."""
+
+    auto: str
+    kind: str
+    options: Mapping[str, Any] = field(hash=False)
+    dtype: torch.dtype = torch.float32
+
+    def __call__(self) -> nn.Module:
+        import transformers
+
+        config = transformers.AutoConfig.for_model(self.kind, **self.options)
+        model: nn.Module = getattr(transformers, self.auto).from_config(config, dtype=self.dtype)
+        return model
+
+
+_SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": LENGTH,
+    **_SPECIAL,
+}
+_LLAMA = {**_SIZES, "num_key_value_heads": 2}
+_GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": LENGTH}
+_GEMMA = {
+    "num_hidden_layers": 3,
+    "head_dim": 8,
+    "query_pre_attn_scalar": 8,
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+_VIT = {"image_size": 8, "patch_size": 4}
+_T5 = {
+    "vocab_size": VOCABULARY,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 12,
+    "decoder_start_token_id": 0,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
+
+
+def _transformer(auto: str, kind: str, *options: Mapping[str, Any], **more: Any) -> Transformer:
+    dtype = more.pop("dtype", torch.float32)
+    merged: dict[str, Any] = {}
+    for option in (*options, more):
+        merged.update(option)
+    return Transformer(auto, kind, merged, dtype)
+
+
+_DECODER, _ENCODER = "AutoModelForCausalLM", "AutoModel"
+_ROWS = ({0: torch.export.Dim("rows", min=1, max=64)},)
+_X = (torch.ones(3, 8),)
+_IDS = (torch.zeros(2, 3, dtype=torch.int64),)
+_ID_SIZES = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},)
+
+TRANSFORMERS: dict[str, Case] = {
+    # grouped heads, rotary positions, head tied to the embedding
+    "llama": Case(_transformer(_DECODER, "llama", _LLAMA, tie_word_embeddings=True)),
+    # learned positions, products written x W + b, head tied to the embedding
+    "gpt2": Case(_transformer(_DECODER, "gpt2", _GPT2, _SPECIAL)),
+    # sliding windows shorter than the texts, gains written 1 + w, norms on queries and keys
+    "gemma3": Case(_transformer(_DECODER, "gemma3_text", _LLAMA, _GEMMA)),
+    "llama-bf16": Case(_transformer(_DECODER, "llama", _LLAMA, dtype=torch.bfloat16)),
+    # norms behind the residual sum, token types
+    "bert": Case(_transformer(_ENCODER, "bert", _SIZES)),
+    # one block, used twice
+    "albert": Case(_transformer(_ENCODER, "albert", _SIZES, embedding_size=16)),
+    "vit": Case(_transformer(_ENCODER, "vit", _SIZES, _VIT)),
+    # two graphs
+    "t5": Case(_transformer("AutoModelForSeq2SeqLM", "t5", _T5)),
+}
+MODELS: dict[str, Case] = {
+    "norm-mlp": Case(NormMlp, _X, _ROWS),
+    "norm-linears": Case(NormLinears, _X),
+    "norm-as-weight": Case(NormAsWeight, _X),
+    "post-norm": Case(PostNorm, _X),
+    "hand-written": Case(HandWritten, (torch.ones(2, 3, 8),)),
+    "tied-head": Case(TiedHead, _IDS, _ID_SIZES),
+    "tied-blocks": Case(TiedBlocks, _IDS, _ID_SIZES),
+    **TRANSFORMERS,
+}
+
+
+@functools.cache
+def module(name: str) -> nn.Module:
+    """Return the module of a model; nobody writes to it."""
+    return MODELS[name].module()
+
+
+@functools.cache
+def program(name: str) -> Program:
+    """Return a model as it is captured, under its name here."""
+    case = MODELS[name]
+    return capture(module(name), case.inputs, case.dynamic)
+
+
+@functools.cache
+def canonical(name: str) -> Program:
+    """Return a model as ``canonicalize`` leaves it."""
+    return Canonicalize()(program(name)).program
+
+
+def context(**options: Any) -> PassContext:
+    """Return a context with a few seeded tokens as its texts, so that nothing is generated."""
+    generator = torch.Generator().manual_seed(11)
+    tokens = torch.randint(VOCABULARY, (6, 12), generator=generator)
+    windows = [TokenWindows.of(rows, "seeded tokens") for rows in (tokens[:4], tokens[4:])]
+    return PassContext(**{"calibration": windows[0], "check_text": windows[1], **options})

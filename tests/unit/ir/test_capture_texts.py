@@ -1,0 +1,131 @@
+"""What a model may be called: a file, a folder, a factory, a hub id."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from modelathe.ir import CaptureError, capture, save_program, to_text, verify
+from support.feeds import feed
+from support.models import MODELS, module, program
+from support.numeric import assert_same_bits
+
+
+@pytest.fixture
+def pt2(tmp_path: Path) -> Path:
+    """An exported program with a tied head."""
+    case = MODELS["tied-head"]
+    exported = torch.export.export(
+        module("tied-head"), case.inputs or (), dynamic_shapes=case.dynamic, strict=False
+    )
+    torch.export.save(exported, tmp_path / "model.pt2")
+    return tmp_path / "model.pt2"
+
+
+def test_a_pt2_file_is_refused_unless_it_is_trusted(pt2: Path) -> None:
+    with pytest.raises(CaptureError, match="may unpickle, and a pickle can run code") as caught:
+        capture(pt2)
+    assert "--allow-pickle" in caught.value.remedy
+
+
+def test_a_trusted_pt2_file_gives_the_program_of_the_module(pt2: Path) -> None:
+    found = capture(pt2, allow_pickle=True)
+    verify(found)
+    assert to_text(found).count("weight @") == to_text(program("tied-head")).count("weight @")
+    assert found.weights.aliases == {"head.weight": "embed.weight"}
+    inputs = feed(found, batch=3, sequence=5)
+    assert_same_bits(found.run(inputs), program("tied-head").run(inputs))
+    assert to_text(found.origin.reference()) == to_text(found)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a zip file"])
+def test_a_damaged_pt2_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.pt2"
+    path.write_bytes(content)
+    with pytest.raises(CaptureError, match=r"x\.pt2: torch.export.load rejects it"):
+        capture(path, allow_pickle=True)
+
+
+FACTORY = '''
+import torch
+from torch import nn
+
+def model():
+    dynamic = ({0: torch.export.Dim.DYNAMIC},)
+    return nn.Linear(4, 2).eval(), (torch.ones(3, 4),), dynamic
+
+def alone():
+    return nn.Linear(4, 2)
+
+def number():
+    return 7
+'''
+
+
+@pytest.fixture
+def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a module on the path, with factories in it."""
+    (tmp_path / "my_factories.py").write_text(FACTORY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_factories", raising=False)
+    return "my_factories"
+
+
+def test_a_factory_gives_module_inputs_and_sizes(factory: str) -> None:
+    found = capture(f"{factory}:model")
+    assert found.signature.dims == {"input": ("d0", 4)}
+    assert found.origin.model == f"{factory}:model"
+    assert found.origin.notes == (f"runs the user's own code: {factory}:model",)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("my_factories:gone", "cannot be imported"),
+        ("no_such_module_here:model", "cannot be imported"),
+        ("my_factories:number", "returned int"),
+        ("my_factories:alone", "training mode"),
+    ],
+)
+def test_a_factory_that_gives_no_model_says_what_it_should_give(
+    factory: str, name: str, message: str
+) -> None:
+    with pytest.raises(CaptureError, match=message) as caught:
+        capture(name)
+    assert caught.value.remedy
+
+
+def test_a_program_folder_is_a_model(tmp_path: Path) -> None:
+    save_program(program("norm-mlp"), tmp_path)
+    assert to_text(capture(tmp_path)) == to_text(program("norm-mlp"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("/no/such/folder", "no such folder"),
+        ("./none", "no such folder"),
+        ("nobody/no-such-model", "no folder here, and no model that could be fetched"),
+        ("missing.pt2", "no such file"),
+    ],
+)
+def test_what_does_not_exist_is_said_to_be_missing(name: str, message: str) -> None:
+    with pytest.raises(CaptureError, match=message) as caught:
+        capture(name)
+    assert caught.value.remedy
+
+
+def test_a_file_is_no_model_folder(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"")
+    with pytest.raises(CaptureError, match="is a file, not a model folder"):
+        capture(path)
+
+
+def test_an_untied_module_has_no_aliases() -> None:
+    found = capture(nn.Linear(2, 2).eval(), (torch.ones(1, 2),))
+    assert found.weights.aliases == {}
