@@ -124,7 +124,7 @@ def _error(program: Program, pair: _Pair) -> float:
 
 
 def _gap(longer: Any, shorter: Any, end: str) -> float:
-    """Return the relative difference of two values, the longer one cut to the shorter one's sizes."""
+    """Return the relative difference of two values; the longer one is cut to the other's sizes."""
     if not (isinstance(longer, Tensor) and isinstance(shorter, Tensor)):
         return 0.0
     if longer.dim() != shorter.dim():

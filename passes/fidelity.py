@@ -16,7 +16,7 @@ from torch import Tensor
 from ..ir import MAIN, DataError, FidelityError, Program, TensorWeight
 from .context import PassContext
 from .metrics import CosineTally, TokenTally, mean_pool
-from .probes import Inputs, feeds, probe, probes
+from .probes import Inputs, feeds, probe, probes, seq2seq_feeds
 
 EXACT = 1e-9  # largest relative error in float64 of a rewrite that is equal in exact arithmetic
 _ROUNDED = 16  # units in the last place, where a pass stored weights that it rounded itself
@@ -169,8 +169,10 @@ def tolerance(before: Program, after: Program) -> float:
 def same_bits(expected: Tensor, found: Tensor) -> bool:
     """Tell whether two tensors have one shape and dtype and equal values; nan equals nan."""
     alike = expected.shape == found.shape and expected.dtype == found.dtype
-    return alike and torch.equal(expected.nan_to_num(7.0), found.nan_to_num(7.0)) and torch.equal(
-        expected.isnan(), found.isnan()
+    return (
+        alike
+        and torch.equal(expected.nan_to_num(7.0), found.nan_to_num(7.0))
+        and torch.equal(expected.isnan(), found.isnan())
     )
 
 
@@ -312,20 +314,7 @@ def _logits(program: Program, batch: Inputs) -> Tensor:
 
 def seq2seq_logits(program: Program, source: Tensor, target: Tensor) -> Tensor:
     """Return the logits of ``target`` read at once after encoding ``source``, in float32."""
-    from .probes import empty_cache
-
-    batch = source.shape[0]
-    encoder = {"input_ids": source, "attention_mask": torch.ones_like(source)}
-    crossed = program.run(encoder, "encoder", dtype=torch.float32)
-    given: Inputs = {
-        "decoder_input_ids": target,
-        "decoder_attention_mask": torch.ones_like(target),
-        "attention_mask": encoder["attention_mask"],
-        **empty_cache(program, batch, "decoder"),
-        **{n: v for n, v in crossed.items() if n.startswith("cross_key_values.")},
-    }
-    wanted = program.signatures["decoder"].inputs
-    inputs = {name: given[name] for name in wanted}
+    inputs = seq2seq_feeds(program, source, target)
     return program.run(inputs, "decoder", dtype=torch.float32)["logits"]
 
 

@@ -155,3 +155,23 @@ def feeds(program: Program, tokens: Tensor, cache: Mapping[str, Tensor], past: i
         elif name == "token_type_ids":
             given[name] = torch.zeros((batch, length), dtype=torch.int64)
     return given
+
+
+def seq2seq_feeds(program: Program, source: Tensor, target: Tensor) -> Inputs:
+    """Return the decoder's inputs for reading ``target`` at once after encoding ``source``.
+
+    Args:
+        program: an encoder-decoder that reads tokens; its encoder runs in float32.
+        source: int64 [batch, source].
+        target: int64 [batch, sequence].
+    """
+    encoder = {"input_ids": source, "attention_mask": torch.ones_like(source)}
+    crossed = program.run(encoder, "encoder", dtype=torch.float32)
+    given: Inputs = {
+        "decoder_input_ids": target,
+        "decoder_attention_mask": torch.ones_like(target),
+        "attention_mask": encoder["attention_mask"],
+        **empty_cache(program, source.shape[0], "decoder"),
+        **{n: v for n, v in crossed.items() if n.startswith("cross_key_values.")},
+    }
+    return {name: given[name] for name in program.signatures["decoder"].inputs}

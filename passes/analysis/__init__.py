@@ -1,0 +1,1 @@
+"""What passes measure before they decide: frozen values, nothing edited."""

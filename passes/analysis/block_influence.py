@@ -1,0 +1,135 @@
+"""How much each block changes the residual stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from ...ir import MAIN, Block, PassError, Program, Signature, find_blocks, fingerprint
+from ..context import PassContext
+from ..probes import Inputs, empty_cache, feeds, seq2seq_feeds
+
+_BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class BlockInfluence:
+    """Scores of a graph's blocks; 0 for a block that leaves the direction of every token alone.
+
+    Attributes:
+        scores: one per block, 0 to 2; nan where a block has no clear residual input or output.
+        graph: the graph that the blocks are in.
+        tokens: how many tokens a score is the mean of.
+        fingerprint: of the program that was measured.
+    """
+
+    scores: tuple[float, ...]
+    graph: str
+    tokens: int
+    fingerprint: str
+
+    def check(self, program: Program) -> None:
+        """Check that the scores are those of ``program``.
+
+        Raises:
+            PassError: they were measured on another one.
+        """
+        if fingerprint(program) != self.fingerprint:
+            raise PassError(
+                "the block scores were measured on another program",
+                remedy="measure them again: a pass changed the program since",
+            )
+
+
+def block_influence(
+    program: Program, context: PassContext, graph: str | None = None
+) -> BlockInfluence:
+    """Measure ``BI(l) = 1 - mean over tokens of cos(h_in, h_out)`` on the calibration text.
+
+    With h_in, h_out: [..., width] the residual values that block l reads and writes.  Values are
+    computed in float32, a few windows at a time; cosines and their sums in float64.
+
+    Args:
+        program: whose blocks to score.
+        context: holds the calibration text.
+        graph: which graph; None for the only one.
+
+    Raises:
+        DataError: there is no calibration text, and none can be made up.
+
+    Source: ShortGPT (arXiv 2403.03853), section 2.3.
+    """
+    name = next(iter(program.graphs)) if graph is None else graph
+    windows = context.calibration_tokens(program).tokens
+    part, blocks = _until_last_block(program, name)
+    meter = _Meter(blocks)
+    rows = max(1, _BATCH_TOKENS // windows.shape[1])
+    with context.progress.task("scoring blocks", total=len(windows)) as advance:
+        for batch in windows.split(rows):
+            inputs = _inputs(program, name, batch)
+            part.run(inputs, name, observe=meter.observe, dtype=torch.float32)
+            advance(len(batch))
+    return BlockInfluence(meter.scores(), name, windows.numel(), fingerprint(program))
+
+
+def _until_last_block(program: Program, name: str) -> tuple[Program, tuple[Block, ...]]:
+    """Return a copy that computes the residual stream only: no logits, which take most memory."""
+    part = program.editable()
+    graph = part.graphs[name]
+    ends = [block.output for block in find_blocks(graph) if block.output is not None]
+    graph.output_node().args = (tuple(ends[-1:]),)
+    signature = part.signatures[name]
+    outputs = tuple("residual" for _ in ends[-1:])
+    part.signatures[name] = Signature(signature.inputs, outputs, signature.dims)
+    part.clean()
+    return part, find_blocks(graph)
+
+
+def _inputs(program: Program, graph: str, tokens: Tensor) -> Inputs:
+    if graph == MAIN:
+        cache = empty_cache(program, len(tokens)) if program.kind == "decoder" else {}
+        return feeds(program, tokens, cache, 0)
+    if graph == "encoder":
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    return seq2seq_feeds(program, tokens, tokens)
+
+
+class _Meter:
+    """Sums cosines while a graph runs, holding the residual values that are still to be compared."""
+
+    def __init__(self, blocks: tuple[Block, ...]) -> None:
+        self.sums = [0.0 if b.input and b.output else float("nan") for b in blocks]
+        self.tokens = [0] * len(blocks)
+        self.ends: dict[fx.Node, list[tuple[int, fx.Node]]] = {}
+        self.last_use: dict[fx.Node, fx.Node] = {}
+        self.held: dict[fx.Node, Tensor] = {}
+        for index, block in enumerate(blocks):
+            if block.input is not None and block.output is not None:
+                self.ends.setdefault(block.output, []).append((index, block.input))
+                self.last_use[block.input] = block.output
+
+    def observe(self, node: fx.Node, value: Tensor) -> None:
+        """Take the value of a node."""
+        for index, start in self.ends.get(node, ()):
+            cosines = _cosines(self.held[start], value)
+            self.sums[index] += float(cosines.sum())
+            self.tokens[index] += cosines.numel()
+            if self.last_use[start] is node:
+                del self.held[start]
+        if node in self.last_use:
+            self.held[node] = value
+
+    def scores(self) -> tuple[float, ...]:
+        """Return one score per block, from what was seen so far."""
+        pairs = zip(self.sums, self.tokens, strict=True)
+        return tuple(1.0 - total / max(1, count) for total, count in pairs)
+
+
+def _cosines(before: Tensor, after: Tensor) -> Tensor:
+    """Return the cosine of each token's two vectors in float64; 1 where both are zero."""
+    a, b = before.double().flatten(0, -2), after.double().flatten(0, -2)
+    lengths = a.norm(dim=-1) * b.norm(dim=-1)
+    cosines = (a * b).sum(-1) / lengths.clamp_min(torch.finfo(torch.float64).tiny)
+    return torch.where((a == b).all(-1), 1.0, cosines)
