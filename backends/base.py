@@ -1,0 +1,159 @@
+"""What a backend is, and the artifact that it makes."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..ir import Program
+from ..passes import Budget, PassContext, to_spec
+from .manifest import model_bytes, program_signatures, sha256, write_manifest
+from .output import writing
+from .session import Session, open_artifact
+from .sizes import program_sizes
+
+
+@dataclass(frozen=True)
+class Backend(ABC):
+    """A named lowering; its dataclass fields are its options, in the syntax of passes.
+
+    Attributes:
+        name: what the backend is called in ``--to``.
+    """
+
+    name: ClassVar[str]
+
+    def lower(
+        self,
+        program: Program,
+        *,
+        check: bool = True,
+        context: PassContext | None = None,
+        budget: Budget | None = None,
+    ) -> Artifact:
+        """Return the artifact of ``program``, to be saved.
+
+        Args:
+            program: what to lower; left as it is.
+            check: compare what was written with the eager program, and measure it against the
+                captured one, when it is saved.
+            context: data to measure on; the pipeline's own where there was one.
+            budget: limits of the artifact, as shipped, against the captured program.
+
+        Raises:
+            LoweringError: an operator or an option cannot be lowered.
+        """
+        lowered = self.prepare(program)
+        return Artifact(self, program, lowered, check, context, budget or Budget())
+
+    def prepare(self, program: Program) -> Program:
+        """Return the program that is written, such as one converted to the backend's dtype."""
+        return program
+
+    @abstractmethod
+    def write(self, program: Program, folder: Path, context: PassContext) -> dict[str, Any]:
+        """Write every file but the manifest into an empty folder; return notes for the manifest."""
+
+    @abstractmethod
+    def computes_in(self, program: Program) -> str:
+        """Return the dtype that the artifact computes in."""
+
+    @contextlib.contextmanager
+    def exact_session(self, folder: Path) -> Iterator[Session]:
+        """Open what was written with every approximation of the runtime switched off."""
+        yield open_artifact(folder)
+
+
+@dataclass(frozen=True, eq=False)
+class Artifact:
+    """A lowered program, not written yet.
+
+    Attributes:
+        backend: what lowered it.
+        source: the program before lowering.
+        program: the program as it is written.
+        check: whether ``save`` checks what it wrote.
+        context: data for the check; None for the pipeline's own.
+        budget: limits against the captured program.
+    """
+
+    backend: Backend
+    source: Program
+    program: Program
+    check: bool = True
+    context: PassContext | None = None
+    budget: Budget = field(default_factory=Budget)
+
+    def save(
+        self, folder: str | Path, *, force: bool = False, record: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Write the artifact's folder, check it, and return its manifest.
+
+        The folder appears only when everything is written and every check has passed.
+
+        Args:
+            folder: must not exist, unless ``force``.
+            force: replace what modelathe wrote there before; other files are kept.
+            record: further entries of the manifest.
+
+        Raises:
+            LoweringError: the artifact does not compute what the program does.
+            FidelityError: a limit of the budget is broken.
+            StorageError: the folder exists, or cannot be written.
+        """
+        with writing(Path(folder), force=force) as partial:
+            return self._save(partial, dict(record or {}))
+
+    def _save(self, folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+        from .checks import check_fidelity, check_lowering
+
+        context = self.context or PassContext()
+        notes = self.backend.write(self.program, folder, context)
+        fields = {**self._fields(), **notes, **record}
+        manifest = write_manifest(folder, fields)
+        if not self.check:
+            return manifest
+        with self.backend.exact_session(folder) as exact:
+            dtype = self.backend.computes_in(self.program)
+            fields["lowering"] = check_lowering(self.source, exact, dtype, context.progress)
+        measured = check_fidelity(self.source, open_artifact(folder), context)
+        fields["fidelity"] = measured.known()
+        self.budget.judge(measured, f"the {self.backend.name} artifact")
+        fields["sizes"] = {**fields["sizes"], "artifact_bytes": model_bytes(manifest)}
+        return write_manifest(folder, fields)
+
+    def _fields(self) -> dict[str, Any]:
+        from importlib.metadata import version
+
+        origin = self.source.origin
+        sizes, captured = program_sizes(self.program), origin.record.get("captured", {})
+        return {
+            "tool": f"modelathe {version('modelathe')}",
+            "backend": to_spec(self.backend),
+            "kind": origin.kind,
+            "model": origin.model,
+            "notes": list(origin.notes),
+            "source": source_files(origin.folder),
+            "pipeline": ",".join(origin.passes),
+            **{name: value for name, value in origin.record.items() if name != "captured"},
+            "signatures": program_signatures(self.program),
+            "sizes": {
+                "blocks": sizes.blocks,
+                "parameters": sizes.parameters,
+                "weight_bytes": sizes.bytes,
+                "bits_per_weight": round(sizes.bits_per_weight, 4),
+                **({"captured": dict(captured)} if captured else {}),
+            },
+        }
+
+
+def source_files(folder: Path | None) -> dict[str, str]:
+    """Return name and SHA-256 of the weight files that a program was captured from."""
+    if folder is None or not folder.is_dir():
+        return {}
+    names = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
+    return {path.name: sha256(path) for path in names}

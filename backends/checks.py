@@ -1,0 +1,217 @@
+"""The two checks of an artifact: that it computes what the program does, and how good that is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..ir import DataError, LoweringError, Program
+from ..passes import PassContext
+from ..passes.context import maximum_length
+from ..passes.fidelity import Measured, Reference, relative_error
+from ..passes.probes import Inputs, empty_cache, feeds, probe
+from ..passes.progress import Progress
+from .session import Array, Session
+
+# Largest difference of an output relative to its largest value.  Runtimes sum in other orders than
+# torch, block after block; a 16-bit artifact is compared with the float32 run of the program, so
+# its every intermediate rounding counts too.
+TOLERANCE = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 2e-1, "float64": 1e-4}
+_STEPS = 16
+
+
+def compute_dtype(program: Program) -> str:
+    """Return the dtype that most weights of a program have, quantised ones left out."""
+    counts: dict[str, int] = {}
+    for name in program.weights:
+        weight = program.weights[name]
+        if weight.dtype.is_floating_point:
+            dtype = str(weight.dtype).removeprefix("torch.")
+            counts[dtype] = counts.get(dtype, 0) + weight.bytes
+    return max(counts, key=lambda name: counts[name], default="float32")
+
+
+def check_lowering(
+    program: Program, session: Session, dtype: str, progress: Progress
+) -> dict[str, Any]:
+    """Compare an artifact with the eager run of the program it was lowered from.
+
+    Decoders are compared at five (batch, sequence, past) shapes, on a left-padded batch, and over
+    16 steps of greedy decoding, where a token may differ only if the reference's two best are
+    closer than the tolerance.
+
+    Returns:
+        the largest relative error, the tolerance, and what was compared.
+
+    Raises:
+        LoweringError: an output is further off; the message names it and the shape.
+    """
+    limit = TOLERANCE[dtype]
+    worst = 0.0
+    shapes = list(_shapes(program))
+    with progress.task("checking the artifact", total=len(shapes) + 1) as advance:
+        for graph, title, inputs, keep in shapes:
+            expected = program.run(inputs, graph, dtype=torch.float32)
+            found = session.run(_arrays(session, graph, inputs), graph)
+            for name, value in expected.items():
+                error = _error(value, found, name, keep)
+                if not error <= limit:
+                    raise LoweringError(
+                        f"{graph}: output {name} of the artifact is off by {error:.2g} of its "
+                        f"largest value at {title}; {limit:.0e} is rounding",
+                        remedy="this is a defect of the lowering: report it with the model's type",
+                    )
+                worst = max(worst, error)
+            advance(1)
+        steps = _check_decoding(program, session, limit)
+        advance(1)
+    titles = [f"{graph}: {title}" for graph, title, _, _ in shapes]
+    return {"error": worst, "tolerance": limit, "shapes": titles, "decoded_tokens": steps}
+
+
+Shape = tuple[str, str, Inputs, Tensor | None]
+
+
+def _shapes(program: Program) -> Iterator[Shape]:
+    """Yield graph, title, inputs, and for padded inputs the mask of what to compare."""
+    longest = maximum_length(program) or 64
+    for graph, signature in program.signatures.items():
+        names = {str(dim) for dims in signature.dims.values() for dim in dims}
+        cached = any("past" in name for name in names)
+        tried = [(3, 4, 7), (1, 1, 4), (2, 6, 0), (1, 1, 0), (1, 7, 0)]
+        for number, (batch, sequence, past) in enumerate(tried):
+            if past and not cached:
+                batch, past = batch + 1, 0
+            past = min(past, max(longest - sequence, 0))
+            sizes = {"batch": batch, "sequence": sequence, "past": past, "source": 3 + number}
+            inputs = probe(program, graph, number, **sizes)
+            yield graph, f"(batch, sequence, past) = {batch, sequence, past}", inputs, None
+        if program.kind in ("decoder", "encoder") and "attention_mask" in signature.inputs:
+            inputs, keep = padded_probe(program, graph)
+            yield graph, "a left-padded batch", inputs, keep
+
+
+def padded_probe(program: Program, graph: str) -> tuple[Inputs, Tensor]:
+    """Return a batch of two whose second row has three pads on the left, and its mask."""
+    inputs = probe(program, graph, 9, batch=2, sequence=7, past=0)
+    mask = inputs["attention_mask"].clone()
+    mask[1, :3] = 0
+    inputs["attention_mask"] = mask
+    if "position_ids" in inputs:
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
+    return inputs, mask.bool()
+
+
+def _arrays(session: Session, graph: str, inputs: Mapping[str, Tensor]) -> dict[str, Array]:
+    """Return the inputs as arrays of the dtypes that the artifact takes."""
+    dtypes = {spec.name: spec.dtype for spec in session.graphs[graph].inputs}
+    return {name: _array(value, dtypes[name]) for name, value in inputs.items()}
+
+
+def _array(value: Tensor, dtype: str) -> Array:
+    if dtype == "bfloat16" or not value.is_floating_point():
+        return value.float().numpy() if value.is_floating_point() else value.numpy()
+    array: Array = value.float().numpy().astype(np.dtype(dtype))
+    return array
+
+
+def _error(expected: Tensor, found: Mapping[str, Array], name: str, keep: Tensor | None) -> float:
+    if name not in found:
+        return float("inf")
+    value = torch.from_numpy(np.ascontiguousarray(found[name]))
+    if keep is not None and value.shape == expected.shape:
+        if expected.dim() == 3:
+            expected, value = expected[keep], value[keep]
+        elif expected.dim() == 4:  # a cache entry: [batch, heads, tokens, width]
+            expected, value = expected.transpose(1, 2)[keep], value.transpose(1, 2)[keep]
+    if not expected.is_floating_point():
+        return relative_error(expected, value)
+    return relative_error(expected.float(), value.float())
+
+
+def _check_decoding(program: Program, session: Session, limit: float) -> int:
+    """Decode greedily beside the reference, which chooses the tokens; return how many."""
+    if program.kind != "decoder":
+        return 0
+    longest = maximum_length(program) or 64
+    prompt = min(5, max(longest - _STEPS, 1))
+    tokens = probe(program, "main", 17, batch=1, sequence=prompt, past=0)["input_ids"]
+    past, cache, seen = empty_cache(program, 1), None, tokens
+    steps = min(_STEPS, longest - prompt)
+    for step in range(steps):
+        length = seen.shape[1] - tokens.shape[1] if past else 0
+        mask = np.ones((1, seen.shape[1]), dtype=np.int64)
+        expected = program.run(feeds(program, tokens, past, length), dtype=torch.float32)
+        given = tokens if past or cache is None else tokens[:, -1:]
+        logits, cache = session.decode(given.numpy(), mask, cache)
+        reference = expected["logits"][0, -1]
+        found = torch.from_numpy(logits[0, -1].copy())
+        _check_choice(reference, found, limit, step)
+        past = {
+            name.replace("present.", "past_key_values."): value
+            for name, value in expected.items()
+            if name.startswith("present.")
+        }
+        following = reference.argmax().view(1, 1)
+        seen = torch.cat([seen, following], dim=1)
+        tokens = following if past else seen
+    return steps
+
+
+def _check_choice(reference: Tensor, found: Tensor, limit: float, step: int) -> None:
+    chosen, wanted = int(found.argmax()), int(reference.argmax())
+    margin = float(reference[wanted] - reference[chosen])
+    allowed = 2 * limit * float(reference.abs().max())
+    if margin > allowed:
+        raise LoweringError(
+            f"step {step + 1} of greedy decoding: the artifact chose token {chosen}, the program "
+            f"{wanted}, which is {margin:.2g} ahead; {allowed:.2g} is rounding",
+            remedy="this is a defect of the lowering: report it with the model's type",
+        )
+
+
+def check_fidelity(program: Program, session: Session, context: PassContext) -> Measured:
+    """Measure an artifact as it ships against the captured program."""
+    reference = program.origin.checks
+    if not isinstance(reference, Reference):
+        captured = program.origin.reference() if program.origin.passes else program
+        reference = Reference(captured, context)
+    try:
+        return reference.measure_with(lambda batch: _forward(program, session, batch))
+    except DataError as error:
+        if not program.origin.passes and context.check_text is None and context.calibration is None:
+            # A plain export of a model that no text can be made up for: its lowering was checked.
+            context.progress.note(f"fidelity not measured: {error}")
+            return Measured()
+        raise
+
+
+def _forward(program: Program, session: Session, batch: Inputs) -> Tensor:
+    """Return what ``Reference`` compares: logits, pooled embeddings, or the first output."""
+    from .evaluate import embedding
+
+    if program.kind == "decoder":
+        rows = batch["input_ids"].numpy()
+        return torch.from_numpy(session.decode(rows, np.ones_like(rows), None)[0])
+    if program.kind == "encoder-decoder":
+        return _seq2seq(session, batch)
+    if program.kind == "encoder":
+        return torch.from_numpy(
+            np.stack([embedding(session, r.numpy()) for r in batch["input_ids"]])
+        )
+    graph = next(iter(session.graphs))
+    first = next(iter(session.run(_arrays(session, graph, batch), graph).values()))
+    value = torch.from_numpy(np.ascontiguousarray(first))
+    return value.flatten(1) if value.dim() > 1 else value.reshape(1, -1)
+
+
+def _seq2seq(session: Session, batch: Inputs) -> Tensor:
+    from .generate import encoder_feeds
+
+    source, target = batch["input_ids"].numpy(), batch["decoder_input_ids"].numpy()
+    cache = session.encode(encoder_feeds(session, source, np.ones_like(source)))
+    return torch.from_numpy(session.decode(target, np.ones_like(target), cache)[0])

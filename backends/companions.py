@@ -1,0 +1,46 @@
+"""The files that stand beside a model: configuration, tokenizer, generation settings."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from ..ir import Program
+
+# Copied as they are when the model's folder has them.
+_COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+    "generation_config.json",
+)
+
+
+def write_companions(program: Program, folder: Path) -> list[str]:
+    """Write ``config.json`` as the graph now is, and copy the model's other small files.
+
+    Returns:
+        the names of the files written.
+    """
+    written = []
+    if program.config:
+        text = json.dumps(program.config, indent=2, ensure_ascii=False, default=str)
+        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+        written.append("config.json")
+    source = program.origin.folder
+    for name in _COPIED if source is not None else ():
+        assert source is not None
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+            written.append(name)
+    return written

@@ -1,0 +1,31 @@
+"""The reference backend: torch runs the graph, call by call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..ir import Program, save_program
+from ..passes import PassContext
+from .base import Backend
+from .companions import write_companions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eager(Backend):
+    """Write the program as it is, to be run by torch: the oracle that others are compared with."""
+
+    name: ClassVar[str] = "eager"
+
+    def write(self, program: Program, folder: Path, context: PassContext) -> dict[str, Any]:
+        names = list(program.weights)
+        with context.progress.task("writing weights", total=len(names)) as advance:
+            save_program(program, folder, lambda name, value: advance(1))
+        write_companions(program, folder)
+        return {}
+
+    def computes_in(self, program: Program) -> str:
+        from .checks import compute_dtype
+
+        return compute_dtype(program)

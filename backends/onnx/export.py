@@ -1,0 +1,134 @@
+"""The ONNX backend: programs as ONNX files that ONNX Runtime runs without modelathe."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from ...ir import LoweringError, Program
+from ...passes import ConvertDtype, PassContext
+from ..base import Backend
+from ..companions import write_companions
+from ..session import Session
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+_EXTERNAL_ABOVE = 10**9  # bytes of weights; a protobuf file cannot exceed 2 GiB
+_OPSETS = range(18, 24)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Onnx(Backend):
+    """Write ONNX: one file per graph, weights streamed, quantised linears as MatMulNBits.
+
+    Attributes:
+        opset: version of the standard operators, 18 to 23; 23 has attention and norms as single
+            nodes, which ran as fast as smaller ones or faster.
+        dtype: what to compute in; none: as the program does.
+        accuracy_level: of quantised products: 4 rounds activations to 8-bit integers, which is
+            fastest; 1 keeps them in float32.
+        external_data: where weights go: auto puts them into a file of their own above 1 GB.
+    """
+
+    name: ClassVar[str] = "onnx"
+
+    opset: int = 23
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    accuracy_level: Literal[0, 1, 2, 3, 4] = 4
+    external_data: Literal["auto", "always"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.opset not in _OPSETS:
+            raise ValueError(f"opset is {_OPSETS[0]} to {_OPSETS[-1]}, got {self.opset}")
+        if self.accuracy_level not in range(5):
+            raise ValueError(f"accuracy_level is 0 to 4, got {self.accuracy_level}")
+
+    def prepare(self, program: Program) -> Program:
+        if self.dtype is None or self.computes_in(program) == self.dtype:
+            return program
+        return ConvertDtype(to=self.dtype)(program, PassContext()).program
+
+    def computes_in(self, program: Program) -> str:
+        from ..checks import compute_dtype
+
+        return compute_dtype(program)
+
+    def write(self, program: Program, folder: Path, context: PassContext) -> dict[str, Any]:
+        """Write graphs, weights, configuration and tokenizer into an empty folder.
+
+        Raises:
+            LoweringError: a call of the program has no translation; the message names it.
+        """
+        from .files import save_model, weight_bytes
+
+        models = {name: self.model(program, name) for name in program.graphs}
+        total = sum(weight_bytes(model) for model in models.values())
+        external = self.external_data == "always" or total > _EXTERNAL_ABOVE
+        count = sum(len(model.graph.initializers) for model in models.values())
+        with context.progress.task("writing weights", total=count) as advance:
+            for name, model in models.items():
+                file = folder / ("model.onnx" if name == "main" else f"{name}.onnx")
+                save_model(model, file, external=external, advance=advance)
+        write_companions(program, folder)
+        return self._write_genai(program, folder)
+
+    def model(self, program: Program, graph: str = "main") -> ir.Model:
+        """Return one graph as an ONNX model whose weights are read when it is written."""
+        from .emit import emit
+
+        model = emit(
+            program.graphs[graph],
+            program.signatures[graph],
+            program.weights,
+            name=graph,
+            opset=self.opset,
+            accuracy_level=self.accuracy_level,
+        )
+        model.metadata_props.update(_metadata(program))
+        return model
+
+    def _write_genai(self, program: Program, folder: Path) -> dict[str, Any]:
+        """Write onnxruntime-genai's configuration for a decoder, or return why not."""
+        from .genai import genai_config, genai_obstacle
+
+        if program.kind != "decoder":
+            return {}
+        obstacle = genai_obstacle(program.signature, program.config)
+        if obstacle:
+            return {"genai": f"not for onnxruntime-genai: {obstacle}"}
+        settings = genai_config(program.signature, program.config, _generation(folder))
+        text = json.dumps(settings, indent=2) + "\n"
+        (folder / "genai_config.json").write_text(text, encoding="utf-8")
+        return {}
+
+    @contextlib.contextmanager
+    def exact_session(self, folder: Path) -> Iterator[Session]:
+        from .exact import exact_session
+
+        with exact_session(folder) as session:
+            yield session
+
+
+def _metadata(program: Program) -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {
+        "tool": f"modelathe {version('modelathe')}",
+        "model": program.origin.model,
+        "pipeline": ",".join(program.origin.passes),
+    }
+
+
+def _generation(folder: Path) -> Mapping[str, Any]:
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise LoweringError(f"{path.name}: is not JSON ({error})") from error

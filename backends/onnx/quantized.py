@@ -1,0 +1,149 @@
+"""Translations of our quantised operators to ONNX Runtime's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from ...ir import ops as _ops  # registers the operators
+from ...ir.quant import QuantType
+from .builder import stored_dtype
+from .emitter import Emitter, dtype_of, sizes_of
+from .pack import Layout, layout
+
+Handler = Callable[..., Any]
+_UINT8 = ir.DataType.UINT8
+_CONTRIB = "com.microsoft"
+
+LINEAR = torch.ops.modelathe.quantized_linear.default
+EMBEDDING = torch.ops.modelathe.quantized_embedding.default
+assert _ops
+
+
+def _linear(
+    e: Emitter,
+    node: fx.Node,
+    x: fx.Node,
+    codes: fx.Node,
+    scales: fx.Node,
+    zeros: fx.Node | None,
+    bias: fx.Node | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+) -> Any:
+    stored = layout(QuantType(bits, group_size, symmetric=zeros is None), in_features)
+    rows = int(sizes_of(codes)[0])
+    dtype = dtype_of(node)
+    return e.op(
+        "MatMulNBits",
+        _activations(e, node, x, stored, dtype),
+        _codes(e, codes, stored, as_blocks=True),
+        _scales(e, scales, stored, dtype),
+        None if zeros is None else _zeros(e, zeros, stored),
+        None,
+        None if bias is None else e.tensor(bias, dtype),
+        domain=_CONTRIB,
+        K=stored.width,
+        N=rows,
+        bits=stored.bits,
+        block_size=stored.block,
+        accuracy_level=e.accuracy_level,
+    )
+
+
+def _embedding(
+    e: Emitter,
+    node: fx.Node,
+    ids: fx.Node,
+    codes: fx.Node,
+    scales: fx.Node,
+    zeros: fx.Node | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+) -> Any:
+    stored = layout(QuantType(bits, group_size, symmetric=zeros is None), in_features)
+    result = e.op(
+        "GatherBlockQuantized",
+        _codes(e, codes, stored, as_blocks=False),
+        e.value(ids),
+        _scales(e, scales, stored, dtype_of(scales)),
+        None if zeros is None else _zeros(e, zeros, stored),
+        domain=_CONTRIB,
+        dtype=dtype_of(scales),
+        gather_axis=0,
+        quantize_axis=1,
+        block_size=stored.block,
+        bits=stored.bits,
+    )
+    if stored.filled == stored.group:
+        return result
+    shape = sizes_of(node)
+    if not stored.spread:
+        return _cut(e, result, in_features)
+    wide = (*shape[:-1], stored.groups, stored.filled)
+    narrow = (*shape[:-1], stored.groups, stored.group)
+    grouped = _cut(e, e.reshape(result, (*shape[:-1], stored.width), wide), stored.group)
+    return e.reshape(grouped, narrow, shape)
+
+
+def _cut(e: Emitter, value: ir.Value, width: int) -> ir.Value:
+    ints = e.builder.ints
+    return e.op("Slice", value, ints(0), ints(width), ints(-1))
+
+
+def _activations(
+    e: Emitter, node: fx.Node, x: fx.Node, stored: Layout, dtype: ir.DataType
+) -> ir.Value:
+    """Return the operand of a product, with zeros where groups were filled up."""
+    value = e.tensor(x, dtype)
+    if not stored.spread:
+        return value
+    shape = sizes_of(x)
+    grouped = (*shape[:-1], stored.groups, stored.group)
+    filled = (*shape[:-1], stored.groups, stored.filled)
+    ints = e.builder.ints
+    value = e.reshape(value, shape, grouped)
+    fill = e.builder.constant(0, dtype)
+    value = e.op("Pad", value, ints(0, stored.filled - stored.group), fill, ints(-1))
+    return e.reshape(value, filled, (*shape[:-1], stored.width))
+
+
+def _codes(e: Emitter, codes: fx.Node, stored: Layout, *, as_blocks: bool) -> ir.Value:
+    """Return the codes, as ``[n, blocks, bytes]`` for products and ``[n, bytes]`` for look-ups.
+
+    A weight that has readers of both kinds is stored in two dimensions, with a ``Reshape`` in front
+    of the product: the other way round ONNX Runtime would keep a copy.
+    """
+    name = str(codes.target)
+    rows = int(sizes_of(codes)[0])
+    flat = (rows, stored.blocks * stored.bytes_per_block)
+    cube = (rows, stored.blocks, stored.bytes_per_block)
+    if as_blocks and name not in e.looked_up:
+        return e.weights.derived(
+            f"blocks {stored}", (name,), _UINT8, cube, lambda t: stored.codes(t).view(cube)
+        )
+    value = e.weights.derived(f"rows {stored}", (name,), _UINT8, flat, stored.codes)
+    return e.op("Reshape", value, e.builder.ints(*cube)) if as_blocks else value
+
+
+def _scales(e: Emitter, scales: fx.Node, stored: Layout, dtype: ir.DataType) -> ir.Value:
+    """Return the scales, stored in the dtype that they have, as numbers of ``dtype``."""
+    shape = (int(sizes_of(scales)[0]), stored.blocks)
+    kept = stored_dtype(scales.meta["val"].dtype)
+    name = str(scales.target)
+    value = e.weights.derived(f"scales {stored}", (name,), kept, shape, stored.scales)
+    return e.builder.cast(value, dtype)
+
+
+def _zeros(e: Emitter, zeros: fx.Node, stored: Layout) -> ir.Value:
+    shape = (int(sizes_of(zeros)[0]), stored.zeros_width)
+    return e.weights.derived(f"zeros {stored}", (str(zeros.target),), _UINT8, shape, stored.zeros)
+
+
+HANDLERS: dict[Any, Handler] = {LINEAR: _linear, EMBEDDING: _embedding}

@@ -1,0 +1,207 @@
+"""Write an output folder so that whatever happens, a folder that looks finished is finished.
+
+Everything is written in ``OUT.partial/new`` beside ``OUT`` and renamed when it is complete::
+
+    OUT.partial/lock    held while somebody writes; says that this folder is ours
+    OUT.partial/new     what is being written
+    OUT.partial/old     what ``--force`` replaces, between two renames
+
+A run that was killed leaves ``OUT.partial`` behind; the next run to the same place puts ``old``
+back or takes it away, whichever is due, and begins again.  Files in ``OUT`` that no manifest of
+ours lists are never deleted: they are linked into the new folder before it takes the old one's
+place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from ..ir.errors import StorageError
+from .manifest import MANIFEST, is_artifact, listed_files
+
+_PARTIAL_FILES = {"lock", "new", "old"}
+
+
+@contextlib.contextmanager
+def writing(out: Path, *, force: bool = False) -> Iterator[Path]:
+    """Give a folder to write into, which becomes ``out`` when the block ends without an error.
+
+    Args:
+        out: must not exist, unless ``force``.
+        force: replace what a run of ours wrote in ``out``; other files in it are kept.
+
+    Raises:
+        StorageError: ``out`` exists, is being written by another run, or holds a file of somebody
+            else's where a new one must go.
+    """
+    target = Path(os.path.realpath(out))  # of a link to a folder, the folder is replaced
+    partial = target.with_name(f"{target.name}.partial")
+    _check_target(out, target, force)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _claim(partial):
+        _recover(partial, target)
+        _check_target(out, target, force)
+        new = partial / "new"
+        new.mkdir()
+        try:
+            yield new
+            _publish(partial, target)
+        finally:
+            _recover(partial, target)
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_writable(out: Path, *, force: bool = False) -> None:
+    """Fail now, before hours of work, where ``writing`` would fail later.
+
+    What a killed run left behind is cleared away.
+
+    Raises:
+        StorageError: as ``writing``.
+        OSError: nothing can be written there.
+    """
+    target = Path(os.path.realpath(out))
+    partial = target.with_name(f"{target.name}.partial")
+    _check_target(out, target, force)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _claim(partial):
+        _recover(partial, target)
+    shutil.rmtree(partial)
+    _check_target(out, target, force)
+
+
+def _check_target(out: Path, target: Path, force: bool) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise StorageError(f"{out}: is a file", remedy="choose another output folder with -o")
+    if not force:
+        raise StorageError(
+            f"{out}: exists already",
+            remedy="choose another folder with -o, or replace it with --force",
+        )
+
+
+@contextlib.contextmanager
+def _claim(partial: Path) -> Iterator[None]:
+    """Hold ``partial`` for this process.
+
+    The lock goes with the process, however it ends, so a lock that can be taken is a dead run's.
+    """
+    names = set(os.listdir(partial)) if partial.is_dir() else set()
+    if (partial.exists() and not partial.is_dir()) or names - _PARTIAL_FILES:
+        raise StorageError(
+            f"{partial}: is in the way and was not written by modelathe",
+            remedy="move it elsewhere, or choose another output folder with -o",
+        )
+    partial.mkdir(exist_ok=True)
+    with (partial / "lock").open("w") as lock:
+        if not _lock(lock):
+            raise StorageError(
+                f"{partial}: another run is writing to this place",
+                remedy="wait for it, or choose another output folder with -o",
+            )
+        yield
+
+
+def _lock(file: IO[str]) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this system: two runs to one place are not told apart
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _recover(partial: Path, target: Path) -> None:
+    """Bring ``partial`` to its beginning from any state that a run may have ended in."""
+    old = partial / "old"
+    if old.exists():
+        if target.exists():
+            _settle(old, target)
+        else:
+            old.rename(target)
+    shutil.rmtree(partial / "new", ignore_errors=True)
+
+
+def _publish(partial: Path, target: Path) -> None:
+    new, old = partial / "new", partial / "old"
+    _sync(new)
+    if not target.exists():
+        new.rename(target)
+        return
+    for name in _foreign(target):
+        _keep(target / name, new / name)
+    target.rename(old)
+    new.rename(target)
+
+
+def _settle(old: Path, target: Path) -> None:
+    """Take the replaced folder away; whatever is not ours and not in ``target`` yet moves there."""
+    for name in _foreign(old):
+        kept = target / name
+        if not os.path.lexists(kept):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            (old / name).rename(kept)
+    shutil.rmtree(old)
+
+
+def _foreign(folder: Path) -> list[str]:
+    """Return the files and links below ``folder`` that no manifest of ours lists."""
+    ours = _own_files(folder)
+    names = []
+    for root, folders, files in os.walk(folder):
+        links = [name for name in folders if (Path(root) / name).is_symlink()]
+        empty = [n for n in folders if n not in links and not any((Path(root) / n).iterdir())]
+        for name in (*files, *links, *empty):
+            names.append((Path(root) / name).relative_to(folder).as_posix())
+    return [name for name in names if name not in ours]
+
+
+def _own_files(folder: Path) -> set[str]:
+    import json
+
+    if not is_artifact(folder):
+        return set()
+    return set(listed_files(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))))
+
+
+def _keep(source: Path, place: Path) -> None:
+    """Put a file of somebody else's, or a link, or an empty folder, at ``place`` as well."""
+    if os.path.lexists(place):
+        raise StorageError(
+            f"{source}: is not a file that modelathe wrote, and a new one must go there",
+            remedy="move it elsewhere, or choose another output folder with -o",
+        )
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise StorageError(
+            f"{source.parent}: a new file must go where this folder is",
+            remedy="move it elsewhere, or choose another output folder with -o",
+        ) from error
+    if source.is_symlink():
+        place.symlink_to(os.readlink(source))
+    elif source.is_dir():
+        place.mkdir(exist_ok=True)
+    else:
+        try:
+            os.link(source, place)
+        except OSError:  # a file system without hard links
+            shutil.copy2(source, place)
+
+
+def _sync(folder: Path) -> None:
+    """Have the system write the files out before the folder gets its name."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())

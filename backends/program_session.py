@@ -1,0 +1,95 @@
+"""A Program run by torch, call by call: the oracle, and how `eager` artifacts run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from ..ir import Program
+from ..ir.execute import interpret
+from .manifest import program_signatures
+from .session import Array, Session, TensorSpec
+
+
+class ProgramSession(Session):
+    """The graphs of a program, interpreted by torch on the CPU; weights stay in memory once read.
+
+    With ``dtype`` all floating-point values are computed in it, whatever the program's own dtype.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        folder: Path,
+        manifest: Mapping[str, Any],
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(folder, manifest, program.config)
+        self.program, self.dtype = program, dtype
+        self.settings = {
+            "runtime": f"torch {torch.__version__}",
+            "threads": torch.get_num_threads(),
+        }
+        self._weights: dict[str, Tensor] = {}
+
+    @classmethod
+    def of(cls, program: Program, dtype: torch.dtype | None = torch.float32) -> Self:
+        """Open a program that is in memory; its tokenizer comes from where the model came from.
+
+        As a reference it computes in float32: a 16-bit model's own rounding is not the artifact's.
+        """
+        folder = program.origin.folder or Path()
+        manifest = {
+            "kind": program.kind,
+            "model": program.origin.model,
+            "backend": "eager",
+            "signatures": program_signatures(program),
+            "files": {},
+        }
+        return cls(program, folder, manifest, dtype)
+
+    @classmethod
+    def open(cls, folder: Path, manifest: Mapping[str, Any], *, threads: int = 0) -> Self:
+        """Open an artifact folder that holds a program."""
+        from ..ir import load_program
+
+        if threads:
+            torch.set_num_threads(threads)
+        return cls(load_program(folder), folder, manifest)
+
+    def _execute(
+        self, graph: str, feeds: Mapping[str, Any], sizes: Mapping[str, int]
+    ) -> dict[str, Any]:
+        signature = self.program.signatures[graph]
+        inputs = [self._cast(feeds[name]) for name in signature.inputs]
+        with torch.no_grad():
+            values = interpret(self.program.graphs[graph], inputs, self._load, dtype=self.dtype)
+        return dict(zip(signature.outputs, values, strict=True))
+
+    def _load(self, node: fx.Node) -> Tensor:
+        name = str(node.target)
+        if name not in self._weights:
+            weight = self.program.weight(node)
+            dtype = self.dtype if weight.dtype.is_floating_point else None
+            self._weights[name] = weight.load(dtype)
+        return self._weights[name]
+
+    def _cast(self, value: Tensor) -> Tensor:
+        return value.to(self.dtype) if value.is_floating_point() and self.dtype else value
+
+    def _to_runtime(self, array: Array) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array))
+
+    def _to_numpy(self, value: Any) -> Array:
+        tensor: Tensor = value.detach()
+        wide = tensor.float() if tensor.dtype is torch.bfloat16 else tensor
+        array: Array = wide.numpy()
+        return array
+
+    def _zeros(self, spec: TensorSpec, shape: tuple[int, ...]) -> Tensor:
+        return torch.zeros(shape, dtype=getattr(torch, spec.dtype))

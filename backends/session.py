@@ -1,0 +1,355 @@
+"""An artifact opened in its own runtime: numpy arrays in, numpy arrays out."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..ir.errors import DataError, StorageError
+from .manifest import check_files, read_manifest
+
+Array = NDArray[Any]
+Tokens = NDArray[np.int64]
+
+_TOKEN_INPUTS = ("input_ids", "decoder_input_ids")
+_MASK_INPUTS = ("attention_mask", "decoder_attention_mask")
+_LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One input or output: name, dtype (``int64``, ``float32``, ...), sizes as numbers or names."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def sizes(self, known: Mapping[str, int]) -> tuple[int, ...]:
+        """Return the sizes with names replaced; a name that is not known is 0."""
+        return tuple(d if isinstance(d, int) else _size(d, known) for d in self.shape)
+
+    def known_sizes(self, known: Mapping[str, int]) -> tuple[int, ...] | None:
+        """Return the sizes with names replaced, or None when a name is not known."""
+        names = {
+            n for d in self.shape if isinstance(d, str) for n in re.findall(r"[A-Za-z_]\w*", d)
+        }
+        return self.sizes(known) if names <= set(known) else None
+
+
+@dataclass(frozen=True, slots=True)
+class GraphSpec:
+    """What one graph of an artifact takes and gives."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @classmethod
+    def parse(cls, signature: Mapping[str, Any]) -> GraphSpec:
+        """Read a signature of the manifest."""
+        return cls(_specs(signature["inputs"]), _specs(signature["outputs"]))
+
+    def input(self, name: str) -> TensorSpec | None:
+        """Return an input by name."""
+        return next((spec for spec in self.inputs if spec.name == name), None)
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderPlan:
+    """Which inputs and outputs of a decoder graph are tokens, mask, positions and state.
+
+    ``state`` pairs each input that a step reads from the last one with the output that holds it.
+    ``fixed`` are the inputs that stay as the encoder made them.
+    """
+
+    graph: str
+    tokens: str
+    mask: str | None
+    positions: str | None
+    state: tuple[tuple[TensorSpec, TensorSpec], ...]
+    fixed: tuple[TensorSpec, ...]
+
+    @classmethod
+    def of(cls, graph: str, spec: GraphSpec) -> DecoderPlan:
+        """Sort the names of a decoder graph.
+
+        Raises:
+            StorageError: the inputs that are left over do not pair up with the outputs.
+        """
+        names = [one.name for one in spec.inputs]
+        tokens = next((name for name in _TOKEN_INPUTS if name in names), None)
+        if tokens is None or not spec.outputs:
+            raise StorageError(f"graph {graph} takes no tokens: {', '.join(names)}")
+        prefix = "decoder_" if tokens.startswith("decoder_") else ""
+        mask = f"{prefix}attention_mask"
+        positions = f"{prefix}position_ids"
+        own = {tokens, mask, positions}
+        rest = [one for one in spec.inputs if one.name not in own]
+        fixed = tuple(one for one in rest if prefix and _from_encoder(one.name))
+        state = [one for one in rest if one not in fixed]
+        results = spec.outputs[1:]
+        if len(state) != len(results):
+            raise StorageError(
+                f"graph {graph} reads {len(state)} state tensors and gives {len(results)}",
+                remedy="make the artifact again",
+            )
+        return cls(
+            graph,
+            tokens,
+            mask if mask in names else None,
+            positions if positions in names else None,
+            tuple(zip(state, results, strict=True)),
+            fixed,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """What a decoder remembers between two steps; tensors are the runtime's own.
+
+    ``state`` is None before the first step.  ``tokens`` is kept only for graphs without a cache,
+    which are given the whole text each time.
+    """
+
+    state: Mapping[str, Any] | None = None
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    tokens: Tokens | None = None
+
+
+class Session(ABC):
+    """An artifact that is ready to run.
+
+    Attributes:
+        folder: the artifact.
+        manifest: its manifest.
+        config: the model's configuration, as the artifact has it.
+        graphs: what each graph takes and gives.
+        settings: the runtime's name, version and settings, for reports.
+    """
+
+    settings: dict[str, Any]
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any], config: dict[str, Any]) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.config = config
+        self.graphs = {
+            name: GraphSpec.parse(signature) for name, signature in manifest["signatures"].items()
+        }
+
+    @property
+    def kind(self) -> str:
+        """``decoder``, ``encoder``, ``encoder-decoder``, ``vision`` or ``module``."""
+        return str(self.manifest["kind"])
+
+    @property
+    def max_length(self) -> int | None:
+        """Longest text in tokens that the model has positions for; None when it has no limit."""
+        return max_length(self.config)
+
+    @property
+    def plan(self) -> DecoderPlan:
+        """How the decoder graph is driven.
+
+        Raises:
+            DataError: the artifact has no decoder.
+        """
+        if self.kind not in ("decoder", "encoder-decoder"):
+            raise DataError(
+                f"{self.folder}: is {_article(self.kind)}, which cannot generate text",
+                remedy="give an artifact of a decoder or an encoder-decoder",
+            )
+        graph = "main" if self.kind == "decoder" else "decoder"
+        return DecoderPlan.of(graph, self.graphs[graph])
+
+    def run(self, feeds: Mapping[str, Array], graph: str = "main") -> dict[str, Array]:
+        """Run one graph on arrays named as its inputs and return its outputs by name.
+
+        Raises:
+            DataError: ``feeds`` lacks an input or has one that the graph does not know.
+        """
+        spec = self.graphs[graph]
+        expected = {one.name for one in spec.inputs}
+        if expected != set(feeds):
+            missing, extra = sorted(expected - set(feeds)), sorted(set(feeds) - expected)
+            what = [f"lacks {', '.join(missing)}"] if missing else []
+            what += [f"has no input named {', '.join(extra)}"] if extra else []
+            raise DataError(
+                f"graph {graph} {' and '.join(what)}",
+                remedy=f"the inputs are {', '.join(one.name for one in spec.inputs)}",
+            )
+        own = {name: self._to_runtime(array) for name, array in feeds.items()}
+        results = self._execute(graph, own, {})
+        return {name: self._to_numpy(value) for name, value in results.items()}
+
+    def encode(self, feeds: Mapping[str, Array]) -> Cache:
+        """Run the encoder of an encoder-decoder once; its result starts a decoder's cache."""
+        plan = self.plan
+        own = {name: self._to_runtime(array) for name, array in feeds.items()}
+        results = self._execute("encoder", own, {})
+        fixed = {}
+        for spec in plan.fixed:
+            source = results if spec.name in results else own
+            fixed[spec.name] = source[spec.name]
+        return Cache(fixed=fixed)
+
+    def decode(
+        self, tokens: Tokens, mask: Tokens, cache: Cache | None = None
+    ) -> tuple[NDArray[np.float32], Cache]:
+        """Run the decoder on new tokens and return their logits and the cache for the next step.
+
+        Args:
+            tokens: ``[b, s]``, new tokens only.
+            mask: ``[b, past + s]``, 0 at padding (on the left), 1 elsewhere, for all tokens so far.
+            cache: what the last step returned; None to begin (an encoder-decoder begins with
+                ``encode``).
+
+        Returns:
+            logits ``[b, s, vocab]``, and the cache.
+        """
+        plan, cache = self.plan, cache or Cache()
+        if not plan.state:
+            return self._decode_again(plan, tokens, mask, cache)
+        feeds = {name: self._to_runtime(array) for name, array in _feeds(plan, tokens, mask)}
+        state = cache.state or self._empty_state(plan, tokens.shape[0])
+        sizes = {"batch": tokens.shape[0], "sequence": tokens.shape[1], "past": mask.shape[1]}
+        sizes["past"] -= tokens.shape[1]
+        results = self._execute(plan.graph, {**feeds, **state, **cache.fixed}, sizes)
+        logits = self._to_numpy(results[self.graphs[plan.graph].outputs[0].name])
+        following = {before.name: results[after.name] for before, after in plan.state}
+        return logits.astype(np.float32, copy=False), replace(cache, state=following)
+
+    def _decode_again(
+        self, plan: DecoderPlan, tokens: Tokens, mask: Tokens, cache: Cache
+    ) -> tuple[NDArray[np.float32], Cache]:
+        """Run a graph without a cache on all tokens so far."""
+        past = cache.tokens
+        text = tokens if past is None else np.concatenate([past, tokens], axis=1)
+        feeds = {name: self._to_runtime(array) for name, array in _feeds(plan, text, mask)}
+        results = self._execute(plan.graph, {**feeds, **cache.fixed}, {})
+        logits = self._to_numpy(results[self.graphs[plan.graph].outputs[0].name])
+        new = logits[:, -tokens.shape[1] :].astype(np.float32, copy=False)
+        return new, replace(cache, tokens=text)
+
+    def _empty_state(self, plan: DecoderPlan, batch: int) -> dict[str, Any]:
+        known = {"batch": batch}
+        return {spec.name: self._zeros(spec, spec.sizes(known)) for spec, _ in plan.state}
+
+    @abstractmethod
+    def _execute(
+        self, graph: str, feeds: Mapping[str, Any], sizes: Mapping[str, int]
+    ) -> dict[str, Any]:
+        """Run a graph on the runtime's own tensors; ``sizes`` are the named sizes, where known."""
+
+    @abstractmethod
+    def _to_runtime(self, array: Array) -> Any:
+        """Return the runtime's own tensor with the values of ``array``."""
+
+    @abstractmethod
+    def _to_numpy(self, value: Any) -> Array:
+        """Return an array with the values of a tensor; 16-bit floats may come as float32."""
+
+    @abstractmethod
+    def _zeros(self, spec: TensorSpec, shape: tuple[int, ...]) -> Any:
+        """Return a tensor of zeros."""
+
+
+def open_artifact(folder: str | Path, *, threads: int = 0) -> Session:
+    """Open the artifact in ``folder`` in the runtime that it was made for.
+
+    Args:
+        folder: an artifact folder, as ``Artifact.save`` writes it.
+        threads: processor threads of one operator; 0 leaves the choice to the runtime.
+
+    Raises:
+        StorageError: the folder is no complete artifact, or refers to files outside of it.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    backend = str(manifest["backend"]).partition("{")[0]
+    if backend == "onnx":
+        from .onnx.session import OnnxSession
+
+        return OnnxSession(folder, manifest, threads=threads)
+    if backend in ("eager", "program"):
+        from .program_session import ProgramSession
+
+        check_files(folder, manifest)
+        return ProgramSession.open(folder, manifest, threads=threads)
+    raise StorageError(
+        f"{folder}: was made by backend {backend!r}, which this modelathe cannot run",
+        remedy="upgrade modelathe, or install the package that has this backend",
+    )
+
+
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """Return a JSON object of the artifact; an empty one when there is no such file."""
+    try:
+        value = json.loads((folder / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise StorageError(f"{folder / name}: is not JSON ({error})") from error
+    return dict(value)
+
+
+def max_length(config: Mapping[str, Any]) -> int | None:
+    """Return the most positions a configuration allows, None when it names none."""
+    nested = config.get("text_config")
+    for source in (config, nested if isinstance(nested, Mapping) else {}):
+        for key in _LENGTH_KEYS:
+            if isinstance(source.get(key), int) and source[key] > 0:
+                # Positions of these families start behind the padding token's.
+                lost = 2 if config.get("model_type") in ("roberta", "mpnet") else 0
+                return int(source[key]) - lost
+    return None
+
+
+def positions(mask: Tokens, length: int) -> Tokens:
+    """Return the position of each of the last ``length`` tokens: real tokens before it.
+
+    >>> positions(np.array([[0, 0, 1, 1]]), 3).tolist()
+    [[0, 0, 1]]
+    """
+    places: Tokens = np.clip(mask.cumsum(axis=1) - 1, 0, None)
+    return places[:, -length:]
+
+
+def _feeds(plan: DecoderPlan, tokens: Tokens, mask: Tokens) -> list[tuple[str, Tokens]]:
+    tokens = np.ascontiguousarray(tokens, dtype=np.int64)
+    mask = np.ascontiguousarray(mask, dtype=np.int64)
+    feeds = [(plan.tokens, tokens)]
+    if plan.mask:
+        feeds.append((plan.mask, mask))
+    if plan.positions:
+        feeds.append((plan.positions, np.ascontiguousarray(positions(mask, tokens.shape[1]))))
+    return feeds
+
+
+def _specs(entries: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(e["name"], e["dtype"], tuple(e["shape"])) for e in entries)
+
+
+def _size(dim: str, known: Mapping[str, int]) -> int:
+    """Return a sum of products of names and numbers, such as ``past + 2*sequence``."""
+    total = 0
+    for term in dim.split("+"):
+        factors = [factor.strip() for factor in term.split("*")]
+        total += math.prod(int(f) if f.isdigit() else known.get(f, 0) for f in factors)
+    return total
+
+
+def _from_encoder(name: str) -> bool:
+    return name.startswith("cross_key_values.") or name in (*_MASK_INPUTS, "last_hidden_state")
+
+
+def _article(kind: str) -> str:
+    return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"

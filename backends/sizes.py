@@ -1,0 +1,60 @@
+"""How large a program is: parameters as the model has them, bytes as they are stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..ir import (
+    Program,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    find_blocks,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramSizes:
+    """Counts of one program.
+
+    Attributes:
+        blocks: transformer layers, of all graphs together.
+        parameters: numbers that the weights stand for; a quantised one counts once, its scale not.
+        bytes: of everything that is stored, scales and zero points with it.
+    """
+
+    blocks: int
+    parameters: int
+    bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits for each parameter."""
+        return 8 * self.bytes / self.parameters if self.parameters else 0.0
+
+
+def program_sizes(program: Program) -> ProgramSizes:
+    """Count blocks, parameters and bytes; reads no weight."""
+    meant: dict[str, int] = {}
+    extra: set[str] = set()
+    for graph in program.graphs.values():
+        for node in graph.nodes:
+            call = QuantizedLinear.match(node) or QuantizedEmbedding.match(node)
+            if call is None:
+                continue
+            rows = program.weight(call.codes).shape[0]
+            meant[str(call.codes.target)] = rows * call.in_features
+            others = (call.scales, call.zeros)
+            extra |= {str(one.target) for one in others if one is not None}
+    parameters = total = 0
+    for name in program.weights:
+        weight = program.weights[name]
+        total += weight.bytes
+        if name in meant:
+            parameters += meant[name]
+        elif name not in extra and weight.dtype.is_floating_point:
+            size = 1
+            for extent in weight.shape:
+                size *= extent
+            parameters += size
+    blocks = sum(len(find_blocks(graph)) for graph in program.graphs.values())
+    return ProgramSizes(blocks, parameters, total)

@@ -1,0 +1,63 @@
+"""Manifests: what belongs to an artifact, and that nothing outside of it does."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from modelathe.backends.manifest import (
+    check_files,
+    contained,
+    is_artifact,
+    listed_files,
+    read_manifest,
+    write_manifest,
+)
+from modelathe.ir import StorageError
+from support.artifacts import manifest_fields
+
+
+def test_every_file_is_listed_with_its_hash(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "a").write_bytes(b"abc")
+    manifest = write_manifest(tmp_path, manifest_fields(extra=1))
+    digest = hashlib.sha256(b"abc").hexdigest()
+    assert manifest["files"] == {"inner/a": {"bytes": 3, "sha256": digest}}
+    assert manifest["extra"] == 1
+    assert read_manifest(tmp_path) == manifest
+    assert is_artifact(tmp_path)
+    assert listed_files(manifest) == ("inner/a", "manifest.json")
+    check_files(tmp_path, manifest)
+
+
+def test_writing_again_lists_what_is_there_now(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("1")
+    write_manifest(tmp_path, manifest_fields())
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert set(write_manifest(tmp_path, manifest_fields())["files"]) == {"b"}
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc/passwd", "../a", "a/../../b", "", "..", "a\\..\\..\\b", "link/a"]
+)
+def test_names_that_lead_outside_are_refused(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "link").symlink_to(tmp_path)
+    with pytest.raises(StorageError, match="outside the folder"):
+        contained(folder, name)
+
+
+def test_names_inside_are_paths(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "link").symlink_to("a")
+    assert contained(tmp_path, "a/b") == tmp_path / "a" / "b"
+    assert contained(tmp_path, "link/b") == tmp_path / "link" / "b"
+
+
+def test_a_folder_without_a_manifest_is_no_artifact(tmp_path: Path) -> None:
+    assert not is_artifact(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"format": "other"}')
+    assert not is_artifact(tmp_path)
