@@ -1,0 +1,59 @@
+"""How the steps of a pipeline and what was measured are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .screen import figure
+
+_LABELS = {
+    "kl": "KL",
+    "top1_agreement": "agreement",
+    "perplexity": "perplexity",
+    "reference_perplexity": "before",
+    "cosine": "cosine",
+    "error": "error",
+}
+
+
+def step_rows(steps: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return the rows of a table: pass, promise, what was measured, seconds."""
+    return [
+        [
+            str(step["pass"]),
+            str(step.get("fidelity", "")),
+            fidelity_line(step.get("measured") or {}),
+            figure(step.get("seconds"), 3),
+        ]
+        for step in steps
+    ]
+
+
+def fidelity_line(measured: Mapping[str, Any]) -> str:
+    """Return measured figures in one line: ``KL 0.012, agreement 97.1 %, perplexity 8.3 (8.1)``."""
+    parts = []
+    for key in ("kl", "top1_agreement", "cosine", "error"):
+        value = measured.get(key)
+        if value is None:
+            continue
+        share = key == "top1_agreement"
+        parts.append(f"{_LABELS[key]} {f'{value:.1%}' if share else figure(value, 3)}")
+    if (now := measured.get("perplexity")) is not None:
+        before = measured.get("reference_perplexity")
+        was = "" if before is None else f" (was {figure(before, 4)})"
+        parts.append(f"perplexity {figure(now, 4)}{was}")
+    return ", ".join(parts)
+
+
+def remark_lines(steps: Sequence[Mapping[str, Any]], limit: int = 6) -> list[str]:
+    """Return what passes refused, and warnings; the same refusal of many places is counted."""
+    lines = []
+    for step in steps:
+        missed = [r for r in step.get("remarks", ()) if r.startswith("missed")]
+        name = str(step["pass"]).partition("{")[0]
+        lines += [f"{name}: {remark}" for remark in missed[:limit]]
+        if len(missed) > limit:
+            lines.append(f"{name}: ... and {len(missed) - limit} more that it refused")
+        lines += [f"warning: {text}" for text in step.get("warnings", ())]
+    return lines

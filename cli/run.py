@@ -1,0 +1,207 @@
+"""``modelathe run``: capture a model, run passes over it, lower it to a folder that deploys."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .options import AllowPickle, Debug, Force, Json
+from .plan import plan, show_plan
+from .recipe import PipelineText, pipeline_text
+from .report import fidelity_line, remark_lines, step_rows
+from .screen import Screen, count_text, figure, size_text
+from .sources import open_program
+
+if TYPE_CHECKING:
+    from ..backends import Backend
+    from ..ir import Program
+    from ..passes import Pipeline, Step
+
+
+class Device(enum.StrEnum):
+    """Where heavy work of passes runs."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+def command(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="demo, a model folder, a hub id, a .pt2 file, a Program folder, or "
+            "package.module:factory.",
+        ),
+    ],
+    pipeline: PipelineText = None,
+    to: Annotated[
+        str, typer.Option("--to", metavar="BACKEND", help='Such as "onnx{dtype=float16}".')
+    ] = "onnx",
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="OUT", help="The folder to write.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Capture, say what would be done, write nothing.")
+    ] = False,
+    force: Force = False,
+    no_check: Annotated[
+        bool, typer.Option("--no-check", help="Neither check passes nor the artifact's outputs.")
+    ] = False,
+    seed: Annotated[int, typer.Option(metavar="S", help="Of everything random.")] = 0,
+    calibration: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|self", help="Text to calibrate on (.txt, .jsonl, .npy)."),
+    ] = None,
+    calibration_samples: Annotated[int, typer.Option(min=1, metavar="N")] = 128,
+    calibration_length: Annotated[
+        int, typer.Option(min=2, metavar="N", help="Tokens of a sample.")
+    ] = 512,
+    check_text: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Text to measure fidelity on; else the calibration text's end."
+        ),
+    ] = None,
+    check_tokens: Annotated[
+        int, typer.Option(min=2, metavar="N", help="Tokens to measure on, at most.")
+    ] = 8192,
+    max_kl: Annotated[
+        float | None, typer.Option(min=0.0, metavar="X", help="Fail above X nats of KL per token.")
+    ] = None,
+    max_perplexity_increase: Annotated[
+        float | None,
+        typer.Option(min=0.0, metavar="X", help="Fail above a rise by X (0.1 is 10 %)."),
+    ] = None,
+    min_agreement: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, max=1.0, metavar="X", help="Fail below a share X of equal first choices."
+        ),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub id.")] = None,
+    device: Annotated[Device, typer.Option(help="Where heavy work runs.")] = Device.CPU,
+    allow_pickle: AllowPickle = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run a pipeline of passes over MODEL and write what it becomes into a folder.
+
+    Without -p it is a plain export.  What passes exist: modelathe passes.
+    """
+    if out is None and not dry_run:
+        raise typer.BadParameter("say where to write: -o OUT (or --dry-run to write nothing)")
+    screen = Screen(as_json=as_json)
+    with screen.quiet_libraries(debug=debug):
+        from ..backends.output import check_writable
+        from ..passes import Budget, PassContext, Pipeline
+
+        context = PassContext(
+            calibration=calibration,
+            check_text=check_text,
+            calibration_samples=calibration_samples,
+            calibration_length=calibration_length,
+            check_tokens=check_tokens,
+            seed=seed,
+            device=device.value,
+            progress=screen.progress,
+        )
+        budget = Budget(
+            max_kl=max_kl,
+            max_perplexity_increase=max_perplexity_increase,
+            min_agreement=min_agreement,
+        )
+        # Everything that can be wrong in the command itself is found before the model is read.
+        text = pipeline_text(pipeline)
+        passes = Pipeline.parse(text, context=context, budget=budget, check=not no_check)
+        backend = parse_backend(to)
+        if out is not None and not dry_run:
+            check_writable(out, force=force)
+        program = open_program(model, screen, revision=revision, allow_pickle=allow_pickle)
+        if dry_run:
+            planned = plan(program, passes, backend, None if out is None else str(out))
+            return screen.emit(planned) if as_json else show_plan(screen, planned)
+        assert out is not None
+        manifest = make(screen, program, passes, backend, out, force=force)
+    return screen.emit(manifest) if as_json else show(screen, manifest, out)
+
+
+def parse_backend(text: str) -> Backend:
+    """Return the backend that ``--to`` names.
+
+    Raises:
+        SpecSyntaxError: it names no backend, or not exactly one.
+    """
+    from ..backends import Backend, all_backends
+    from ..ir import SpecSyntaxError
+    from ..passes import parse
+
+    found = parse(text, all_backends(), Backend)
+    if len(found) != 1:
+        raise SpecSyntaxError(text, 0, f"one backend, got {len(found)}", remedy="such as --to onnx")
+    return found[0]
+
+
+def make(
+    screen: Screen,
+    program: Program,
+    pipeline: Pipeline,
+    backend: Backend,
+    out: Path,
+    *,
+    force: bool = False,
+    observe: Callable[[Step], None] | None = None,
+) -> dict[str, Any]:
+    """Run the pipeline, lower the result, write the artifact and return its manifest."""
+    names = [pass_.name for pass_ in pipeline.passes]
+    with screen.progress.task("running passes", total=len(names) + 1) as advance:
+
+        def follow(step: Step) -> None:
+            for warning in step.warnings:
+                screen.progress.note(f"warning: {warning}")
+            advance(1)
+
+        observers = (follow,) if observe is None else (follow, observe)
+        result = pipeline(program, observers=observers)
+    with screen.progress.task(f"lowering to {backend.name}"):
+        artifact = backend.lower(
+            result.program,
+            check=pipeline.check,
+            context=pipeline.context,
+            budget=pipeline.budget,
+        )
+    return artifact.save(out, force=force)
+
+
+def show(screen: Screen, manifest: dict[str, Any], out: Path) -> None:
+    """Print what was done, and what to do next."""
+    from ..backends.manifest import model_bytes
+
+    steps = manifest.get("steps") or []
+    if steps:
+        screen.table(
+            ["pass", "outputs", "measured", "seconds"], step_rows(steps), right=["seconds"]
+        )
+    for line in remark_lines(steps):
+        screen.say(f"  {line}")
+    sizes = manifest.get("sizes") or {}
+    before = (sizes.get("captured") or {}).get("bytes")
+    bits = sizes.get("bits_per_weight")
+    was = f" (was {size_text(before)})" if before else ""
+    count = sizes.get("parameters")
+    screen.facts(
+        {
+            "blocks": sizes.get("blocks"),
+            "parameters": None if count is None else count_text(count),
+            "size": f"{size_text(model_bytes(manifest))}{was}",
+            "bits per weight": None if bits is None else figure(float(bits), 3),
+            "as shipped": fidelity_line(manifest.get("fidelity") or {}) or None,
+        },
+        title=f"wrote {out}",
+    )
+    if manifest["kind"] in ("decoder", "encoder-decoder"):
+        screen.say(f'  try it: modelathe generate {out} "The function returns"')
