@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from ..ir import Program
-from ..ir.execute import interpret
+from ..ir.execute import Place, interpret
 from .manifest import program_signatures
 from .session import Array, Session, TensorSpec
 
@@ -68,7 +68,7 @@ class ProgramSession(Session):
         signature = self.program.signatures[graph]
         inputs = [self._cast(feeds[name]) for name in signature.inputs]
         with torch.no_grad():
-            values = interpret(self.program.graphs[graph], inputs, self._load, dtype=self.dtype)
+            values = interpret(self.program.graphs[graph], inputs, self._load, place=Place(self.dtype))
         return dict(zip(signature.outputs, values, strict=True))
 
     def _load(self, node: fx.Node) -> Tensor:

@@ -71,11 +71,6 @@ class Block:
         """The module path of the block."""
         return self.key.partition("@")[0]
 
-    def cache_inputs(self) -> list[fx.Node]:
-        """Return the inputs of the graph that only this block's calls read."""
-        own = set(self.nodes)
-        return [node for node in self.reads if node.op == "placeholder" and set(node.users) <= own]
-
 
 def find_blocks(graph: fx.Graph) -> tuple[Block, ...]:
     """Return the blocks of a graph in order; none for a graph without repeated layers."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ def run(
     observe: Callable[[fx.Node, Any], None] | None = None,
     dtype: torch.dtype | None = None,
     bypass: Mapping[fx.Node, fx.Node] | None = None,
+    device: str = "cpu",
 ) -> dict[str, Tensor]:
     """Run a graph of ``program`` without gradients.
 
@@ -30,6 +32,7 @@ def run(
         dtype: compute every floating-point value in this dtype instead of the graph's own;
             computed weights then round to it, not to the dtype they are stored in.
         bypass: node to the node whose value its readers get instead.
+        device: where to compute; weights go there one at a time, outputs come back.
 
     Raises:
         DataError: an input is missing, or is not one of the signature's.
@@ -39,17 +42,37 @@ def run(
         missing = [name for name in signature.inputs if name not in inputs]
         unknown = [name for name in inputs if name not in signature.inputs]
         raise DataError(f"inputs do not fit {graph}: missing {missing}, unknown {unknown}")
-    feed = [inputs[name] for name in signature.inputs]
-    if dtype is not None:
-        feed = [value.to(dtype) if value.is_floating_point() else value for value in feed]
+    place = Place(dtype, None if device == "cpu" else torch.device(device))
+    feed = [place.tensor(inputs[name]) for name in signature.inputs]
 
     def load(node: fx.Node) -> Tensor:
         weight = program.weight(node)
-        return weight.load(dtype if weight.dtype.is_floating_point else None)
+        return place.tensor(weight.load(dtype if weight.dtype.is_floating_point else None))
 
     with torch.no_grad():
-        values = interpret(program.graphs[graph], feed, load, observe, dtype, bypass)
-    return dict(zip(signature.outputs, values, strict=True))
+        values = interpret(program.graphs[graph], feed, load, observe, place, bypass)
+    return {name: value.cpu() for name, value in zip(signature.outputs, values, strict=True)}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What to compute in and where, instead of what a graph says; None leaves it as it is."""
+
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
+
+    def tensor(self, value: Tensor) -> Tensor:
+        """Return a tensor in this place."""
+        dtype = self.dtype if value.is_floating_point() else None
+        return value.to(dtype=dtype or value.dtype, device=self.device or value.device)
+
+    def constant(self, argument: Any) -> Any:
+        """Return an argument of a call, with a dtype or device that it names replaced."""
+        if isinstance(argument, torch.dtype) and argument.is_floating_point:
+            return self.dtype or argument
+        if isinstance(argument, torch.device):
+            return self.device or argument
+        return argument
 
 
 def interpret(
@@ -57,7 +80,7 @@ def interpret(
     inputs: list[Tensor],
     load: Callable[[fx.Node], Tensor],
     observe: Callable[[fx.Node, Any], None] | None = None,
-    dtype: torch.dtype | None = None,
+    place: Place | None = None,
     bypass: Mapping[fx.Node, fx.Node] | None = None,
 ) -> tuple[Tensor, ...]:
     """Call every node in order and return the outputs.
@@ -67,7 +90,7 @@ def interpret(
         inputs: one value per placeholder, in order.
         load: gives the tensor of a ``get_attr`` node.
         observe: called with each node and its value.
-        dtype: replaces every floating-point dtype that a call names.
+        place: replaces the dtypes and devices that calls name.
         bypass: node to the node whose value its readers get instead; what nobody reads then is
             not called.
     """
@@ -90,9 +113,10 @@ def interpret(
         else:
             args = fx.node.map_arg(node.args, value_of)
             kwargs = fx.node.map_arg(node.kwargs, value_of)
-            if dtype is not None:
-                args, kwargs = fx.node.map_aggregate((args, kwargs), lambda a: _in_dtype(a, dtype))
-            value = node.target(*args, **kwargs)
+            if place is not None and place != Place():
+                args, kwargs = fx.node.map_aggregate((args, kwargs), place.constant)
+            target: Any = node.target
+            value = target(*args, **kwargs)
             del args, kwargs
         if observe is not None:
             observe(node, value)
@@ -134,12 +158,6 @@ def _last_uses(
     for source, reader in last_reader.items():
         dying.setdefault(reader, []).append(source)
     return dying
-
-
-def _in_dtype(argument: Any, dtype: torch.dtype) -> Any:
-    if isinstance(argument, torch.dtype) and argument.is_floating_point:
-        return dtype
-    return argument
 
 
 class Bound(nn.Module):

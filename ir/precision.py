@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from .blocks import info_of, set_info
 from .calls import Attention, Norm
 from .errors import PassError
-from .infer import Sizes, fake_weight, infer_call
+from .infer import Sizes, fake_weight, infer_call, note_inferred
 from .program import Program
 from .weights import ComputedWeight, Weight, Weights
 
@@ -243,6 +243,7 @@ class _Conversion:
         if self._copies_nothing(node):
             return
         node.meta["val"] = infer_call(sizes.mode, node)
+        note_inferred(node)
         found = _dtype(node)
         if node in self.changing and found != self.dtype and not _is_tuple(node):
             cast = self._cast(node, self.dtype, sizes)
@@ -284,14 +285,11 @@ class _Conversion:
         """Return a conversion of ``source``, one for all readers unless ``before`` names one."""
         if before is None and (source, dtype) in self.casts:
             return self.casts[source, dtype]
-        place = self.graph.inserting_after(source)
-        like = source
-        if before is not None:
-            place, like = self.graph.inserting_before(before), before
-        with place:
+        with self.graph.inserting_before(before or source.next):
             cast = self.graph.call_function(aten._to_copy.default, (source,), {"dtype": dtype})
         cast.meta["val"] = infer_call(sizes.mode, cast)
-        set_info(cast, **info_of(like))
+        note_inferred(cast)
+        set_info(cast, **info_of(before or source))
         if before is None:
             self.casts[source, dtype] = cast
         return cast

@@ -183,6 +183,7 @@ class Program:
         observe: Callable[[fx.Node, Any], None] | None = None,
         dtype: torch.dtype | None = None,
         bypass: Mapping[fx.Node, fx.Node] | None = None,
+        device: str = "cpu",
     ) -> dict[str, Tensor]:
         """Run one graph, loading each weight when it is read and freeing values after last use.
 
@@ -192,10 +193,11 @@ class Program:
             observe: called with each node and its value.
             dtype: compute in this floating-point dtype instead of the graph's own.
             bypass: node to the node whose value its readers get instead.
+            device: where to compute; outputs come back to the processor.
         """
         from .execute import run
 
-        return run(self, inputs, graph, observe, dtype, bypass)
+        return run(self, inputs, graph, observe, dtype, bypass, device)
 
     def bind(self, graph: str = MAIN) -> nn.Module:
         """Return a module with the weights as parameters; its forward takes inputs by position."""

@@ -80,6 +80,9 @@ class TensorWeight(Weight):
         return self.tensor if dtype is None else self.tensor.to(dtype)
 
 
+ALIGNMENT = 64  # bytes: a cache line, and what torch gives tensors in memory
+
+
 class SafetensorsFile:
     """One safetensors file: its header now, its tensors when asked for, memory-mapped.
 
@@ -115,9 +118,13 @@ class SafetensorsFile:
         return tuple(view.get_shape()), _SAFETENSORS_DTYPES[name]
 
     def load(self, key: str) -> Tensor:
-        """Return ``key`` as a view of the mapped file."""
+        """Return ``key`` as a view of the mapped file, or a copy where that is not aligned.
+
+        Kernels sum in another order for addresses that are not multiples of their vectors, so the
+        same weights would give other bits from another file.
+        """
         tensor: Tensor = self._file.get_tensor(key)
-        return tensor
+        return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
     def weights(self) -> dict[str, Weight]:
         """Return every tensor of the file, unread."""

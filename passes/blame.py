@@ -6,9 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
-from ..ir import Program, call_name
+from ..ir import Program, call_name, path_of
 from .probes import Inputs
+
+
+def place_of(node: fx.Node) -> str:
+    """Return a call as messages name it, such as ``%linear_3 (aten.linear of h.0.mlp.c_fc)``."""
+    path = path_of(node)
+    return f"%{node.name} ({call_name(node)}{f' of {path}' if path else ''})"
 
 
 def first_wrong_node(
@@ -34,21 +41,59 @@ def first_wrong_node(
         dtype: to compute in.
         limit: largest relative error of a value that counts as equal.
     """
-    expected = _values(before, graph, inputs, dtype)
-    found = _values(after, graph, inputs, dtype)
-    old = {node.name: _text(before, node) for node in before.graphs[graph].nodes}
+    values = _values(before, graph, inputs, dtype), _values(after, graph, inputs, dtype)
+    partners = _partners(before.graphs[graph], after.graphs[graph])
     calls = [node for node in after.graphs[graph].nodes if node.op == "call_function"]
-    edited = {node for node in calls if old.get(node.name) != _text(after, node)}
-    differs = {node for node in calls if _differs(node, expected, found, limit)}
+    names = {new: old.name for new, old in partners.items()}
+    edited = {
+        node
+        for node in calls
+        if node not in partners or _text(after, node, names) != _text(before, partners[node], {})
+    }
+    differs = {node for node in calls if _differs(node, partners, *values, limit)}
     for node in calls:
-        if node in edited and (node in differs or node.name not in expected):
+        if node in edited and (node in differs or node not in partners):
             outside = [user for user in node.users if user not in edited]
             if any(user in differs or user.op == "output" for user in outside):
-                return f"%{node.name} ({call_name(node)})"
-    for node in calls:
-        if node in differs:
-            return f"%{node.name} ({call_name(node)})"
-    return ""
+                return place_of(node)
+    return next((place_of(node) for node in calls if node in differs), "")
+
+
+def _partners(before: fx.Graph, after: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Return the node of ``before`` that each node of ``after`` stands for, as far as it is clear.
+
+    The node of the same name; a node of a new name stands for what its reader, otherwise the same
+    call, read in its place.
+    """
+    old = {node.name: node for node in before.nodes}
+    partners: dict[fx.Node, fx.Node] = {}
+    for node in reversed(after.nodes):
+        mine = old.get(node.name, partners.get(node))
+        if mine is None or (node.op, node.target) != (mine.op, mine.target):
+            if mine is not None:
+                partners[node] = mine
+            continue
+        partners[node] = mine
+        left, left_shape = pytree.tree_flatten((mine.args, mine.kwargs))
+        right, right_shape = pytree.tree_flatten((node.args, node.kwargs))
+        if left_shape != right_shape:
+            continue
+        for a, b in zip(left, right, strict=True):
+            if isinstance(a, fx.Node) and isinstance(b, fx.Node) and b.name not in old:
+                partners.setdefault(b, a)
+    return partners
+
+
+def _text(program: Program, node: fx.Node, names: dict[fx.Node, str]) -> str:
+    """Return what a node does: its call, and the weights it reads by value."""
+
+    def name(argument: fx.Node) -> str:
+        if argument.op == "get_attr":
+            return program.weight(argument).fingerprint
+        return names.get(argument, argument.name)
+
+    args = fx.node.map_arg((node.args, node.kwargs), name)
+    return f"{node.target} {args}"
 
 
 def _values(
@@ -57,33 +102,27 @@ def _values(
     values: dict[str, Any] = {}
 
     def keep(node: fx.Node, value: Any) -> None:
-        if node.op == "call_function":
+        if node.op != "get_attr":
             values[node.name] = value
 
     program.run(inputs, graph, observe=keep, dtype=dtype)
     return values
 
 
-def _text(program: Program, node: fx.Node) -> str:
-    """Return what a node does: its call, and the weights it reads by value."""
-
-    def name(argument: fx.Node) -> str:
-        if argument.op == "get_attr":
-            return program.weight(argument).fingerprint
-        return argument.name
-
-    args = fx.node.map_arg((node.args, node.kwargs), name)
-    return f"{node.target} {args}"
-
-
-def _differs(node: fx.Node, expected: dict[str, Any], found: dict[str, Any], limit: float) -> bool:
+def _differs(
+    node: fx.Node,
+    partners: dict[fx.Node, fx.Node],
+    expected: dict[str, Any],
+    found: dict[str, Any],
+    limit: float,
+) -> bool:
     from .fidelity import relative_error
 
-    if node.name not in expected:
+    if node not in partners or partners[node].name not in expected:
         return False
-    a, b = expected[node.name], found[node.name]
+    a, b = expected[partners[node].name], found[node.name]
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return relative_error(a, b) > limit
-    if isinstance(a, tuple | list):
+    if isinstance(a, Tensor | tuple | list):
         return False
     return bool(a != b)

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from ..ir import MAIN, FidelityError, Program, call_name
+from ..ir import MAIN, FidelityError, Program
+from .blame import place_of
 from .context import maximum_length
 from .fidelity import EXACT, relative_error
 from .probes import Inputs, empty_cache, feeds, probe
@@ -140,7 +141,7 @@ def _first_wrong(before: Program, earlier: _Pair, after: Program, pair: _Pair) -
     known = {node.name for node in _inconsistent(before, earlier)}
     for node in _inconsistent(after, pair):
         if node.name not in known:
-            return f"%{node.name} ({call_name(node)})"
+            return place_of(node)
     return ""
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..ir import DataError, Program
 from .data import (
     TextSource,
@@ -54,6 +56,11 @@ class PassContext:
         for name in ("calibration_samples", "calibration_length", "check_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is at least 1, got {getattr(self, name)}")
+        if self.device != "cpu" and not torch.cuda.is_available():
+            raise DataError(
+                f"device {self.device}: torch finds no such device here",
+                remedy="leave --device out, or install torch with CUDA on a machine with a GPU",
+            )
         for name in ("calibration", "check_text"):
             source = getattr(self, name)
             if source is not None and not isinstance(source, str | Path | TokenWindows):
@@ -147,7 +154,7 @@ class PassContext:
                 f"no text given: {purpose} uses {samples} sequences of {length} tokens that the "
                 "model generates itself (pass --calibration FILE for better ones)"
             )
-            return generate_windows(program, samples, length, seed, self.progress)
+            return generate_windows(program, samples, length, seed, self.progress, self.device)
         if program.kind == "encoder":
             self.progress.note(f"no text given: {purpose} uses seeded random tokens")
             return random_tokens(vocabulary(program) or 2, samples, length, seed)

@@ -206,7 +206,7 @@ def _raise(
     from .blame import first_wrong_node
 
     node = first_wrong_node(before, after, graph, inputs, dtype, limit)
-    place = f", first wrong at {node}" if node else ""
+    place = f", first wrong at {node}" if node else "; every call is right: outputs are mixed up"
     raise FidelityError(
         f"{where}: output {output} is {text}{place}",
         remedy="this is a defect of the pass: leave it out, and report it",
@@ -225,7 +225,7 @@ class Reference:
 
     def measure(self, program: Program) -> Measured:
         """Return how far ``program`` is from the captured one."""
-        return self.measure_with(lambda batch: forward(program, batch))
+        return self.measure_with(lambda batch: forward(program, batch, self.context.device))
 
     def measure_with(self, run: Callable[[Inputs], Tensor]) -> Measured:
         """Return how far from the captured program is what ``run`` makes of the check data.
@@ -247,7 +247,7 @@ class Reference:
     def _reference(self, number: int, batch: Inputs) -> Tensor:
         if number in self._kept:
             return self._kept[number]
-        value = forward(self.captured, batch)
+        value = forward(self.captured, batch, self.context.device)
         if self._bytes + value.nbytes <= self._KEEP:
             self._kept[number], self._bytes = value, self._bytes + value.nbytes
         return value
@@ -294,36 +294,31 @@ def _batches(program: Program, context: PassContext) -> Iterator[Inputs]:
         yield {"input_ids": rows, "decoder_input_ids": rows}
 
 
-def forward(program: Program, batch: Inputs) -> Tensor:
+def forward(program: Program, batch: Inputs, device: str = "cpu") -> Tensor:
     """Return what is compared: logits ``[b, s, vocab]``, or one row ``[b, width]`` per item."""
     if program.kind in ("decoder", "encoder-decoder"):
-        return _logits(program, batch)
-    return _embedding(program, batch)
+        return _logits(program, batch, device)
+    return _embedding(program, batch, device)
 
 
-def _logits(program: Program, batch: Inputs) -> Tensor:
+def _logits(program: Program, batch: Inputs, device: str) -> Tensor:
     """Return ``[b, s, vocab]`` in float32."""
     from .probes import empty_cache
 
     rows = batch["input_ids"]
     if program.kind == "decoder":
         inputs = feeds(program, rows, empty_cache(program, rows.shape[0]), 0)
-        return program.run(inputs, dtype=torch.float32)["logits"]
-    return seq2seq_logits(program, rows, batch["decoder_input_ids"])
+        return program.run(inputs, dtype=torch.float32, device=device)["logits"]
+    inputs = seq2seq_feeds(program, rows, batch["decoder_input_ids"])
+    return program.run(inputs, "decoder", dtype=torch.float32, device=device)["logits"]
 
 
-def seq2seq_logits(program: Program, source: Tensor, target: Tensor) -> Tensor:
-    """Return the logits of ``target`` read at once after encoding ``source``, in float32."""
-    inputs = seq2seq_feeds(program, source, target)
-    return program.run(inputs, "decoder", dtype=torch.float32)["logits"]
-
-
-def _embedding(program: Program, batch: Inputs) -> Tensor:
+def _embedding(program: Program, batch: Inputs, device: str) -> Tensor:
     """Return one row per item: an encoder's first output, averaged over positions, or all of it."""
     inputs = batch
     if program.kind == "encoder":
         inputs = feeds(program, batch["input_ids"], {}, 0)
-    first = next(iter(program.run(inputs, dtype=torch.float32).values()))
+    first = next(iter(program.run(inputs, dtype=torch.float32, device=device).values()))
     if program.kind == "encoder" and first.dim() == 3:
         return mean_pool(first, torch.ones(first.shape[:2]))
     return first.flatten(1) if first.dim() > 1 else first.reshape(1, -1)

@@ -69,34 +69,44 @@ def _before_repeat(e: Emitter, node: fx.Node) -> fx.Node:
     The repetition is ``unsqueeze(2)``, ``expand`` along it and ``view``, or ``repeat_interleave``;
     ``node`` itself when it is neither.
     """
-    if node.target is aten.repeat_interleave.self_int and node.args[2:3] in ((1,), (-3,)):
-        source = node.args[0]
-        return source if isinstance(source, fx.Node) else node
-    if node.target not in _VIEWS:
-        return node
-    wide = _through_copies(node.args[0])
-    if wide is None or wide.target is not aten.expand.default:
-        return node
-    inner = _through_copies(wide.args[0])
-    if inner is None or inner.target is not aten.unsqueeze.default or inner.args[1] not in (2, -3):
-        return node
-    source = inner.args[0]
-    if not isinstance(source, fx.Node) or rank_of(source) != 4:
-        return node
+    top = _source(e, node)
+    if top.target is aten.repeat_interleave.self_int and top.args[2:3] in ((1,), (-3,)):
+        return _source(e, top.args[0])
+    if top.target not in _VIEWS:
+        return top
+    wide = _source(e, top.args[0])
+    inner = _source(e, wide.args[0]) if wide.target is aten.expand.default else wide
+    if inner.target is not aten.unsqueeze.default or inner.args[1] not in (2, -3):
+        return top
+    source = _source(e, inner.args[0])
+    if rank_of(source) != 4:
+        return top
     b, groups, t, d = (e.sizes.text(size) for size in sizes_of(source))
     expanded = [e.sizes.text(size) for size in sizes_of(wide)]
     repeats = expanded[2]
-    viewed = [e.sizes.text(size) for size in sizes_of(node)]
+    viewed = [e.sizes.text(size) for size in sizes_of(top)]
     if not isinstance(groups, int) or not isinstance(repeats, int):
-        return node
+        return top
     same = expanded == [b, groups, repeats, t, d] and viewed == [b, groups * repeats, t, d]
-    return source if same else node
+    return source if same else top
 
 
-def _through_copies(node: Any) -> fx.Node | None:
-    while isinstance(node, fx.Node) and node.target in _COPIES:
-        node = node.args[0]
-    return node if isinstance(node, fx.Node) else None
+def _source(e: Emitter, node: Any) -> fx.Node:
+    """Return the node that holds the same numbers in the same sizes, behind calls that change none.
+
+    They are copies, slices of everything, and joins with the empty row that a new cache begins as.
+    """
+    assert isinstance(node, fx.Node)
+    while node.target in (*_COPIES, aten.slice.Tensor, aten.cat.default):
+        parts: Any = node.args[0] if node.target is aten.cat.default else node.args[:1]
+        whole = [part for part in parts if rank_of(part) == rank_of(node)]
+        if len(whole) != 1:
+            break
+        sizes = [[e.sizes.text(size) for size in sizes_of(x)] for x in (whole[0], node)]
+        if sizes[0] != sizes[1]:
+            break
+        node = whole[0]
+    return node
 
 
 _Join = tuple[fx.Node, fx.Node]
@@ -104,7 +114,7 @@ _Join = tuple[fx.Node, fx.Node]
 
 def _cached(e: Emitter, key: fx.Node, value: fx.Node) -> tuple[_Join, _Join] | None:
     """Return (cached, new) of keys and of values, where both join an input with new ones."""
-    joins = [_join(node) for node in (key, value)]
+    joins = [_join(e, node) for node in (key, value)]
     if joins[0] is None or joins[1] is None or key is value:
         return None
     if e.folded & {key, value}:
@@ -113,15 +123,15 @@ def _cached(e: Emitter, key: fx.Node, value: fx.Node) -> tuple[_Join, _Join] | N
     return joins[0], joins[1]
 
 
-def _join(node: fx.Node) -> _Join | None:
+def _join(e: Emitter, node: fx.Node) -> _Join | None:
     if node.target is not aten.cat.default or rank_of(node) != 4:
         return None
     parts = node.args[0]
     dim = node.args[1] if len(node.args) > 1 else 0
     if dim not in (2, -2) or not isinstance(parts, list | tuple) or len(parts) != 2:
         return None
-    old, new = parts
-    if not (isinstance(old, fx.Node) and isinstance(new, fx.Node) and old.op == "placeholder"):
+    old, new = _source(e, parts[0]), _source(e, parts[1])
+    if old.op != "placeholder":
         return None
     same = len({n.meta["val"].dtype for n in (old, new, node)}) == 1
     return (old, new) if same else None

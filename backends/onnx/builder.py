@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -148,6 +148,10 @@ class Builder:
         if value.dtype == dtype:
             return value
         return self.op("Cast", value, dtype=dtype, to=int(dtype))
+
+    def reserve(self, names: Iterable[str]) -> None:
+        """Keep names of inputs, outputs and weights from being given to anything else."""
+        self._names.update(names)
 
     def rename(self, value: ir.Value, name: str) -> None:
         """Give a value a name, or the next free one like it."""

@@ -48,6 +48,7 @@ def emit(
         LoweringError: a call that has no translation; the message names it.
     """
     builder = Builder(name, opset)
+    builder.reserve((*signature.inputs, *signature.outputs, *weights))
     sizes = Sizes(builder, _symbol_names(graph, signature))
     emitter = Emitter(builder, sizes, weights, accuracy_level)
     emitter.transposed = _transposed(graph)

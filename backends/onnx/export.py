@@ -18,6 +18,7 @@ from ..session import Session
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+DType = Literal["float32", "float16", "bfloat16"]
 _EXTERNAL_ABOVE = 10**9  # bytes of weights; a protobuf file cannot exceed 2 GiB
 _OPSETS = range(18, 24)
 
@@ -29,7 +30,8 @@ class Onnx(Backend):
     Attributes:
         opset: version of the standard operators, 18 to 23; 23 has attention and norms as single
             nodes, which ran as fast as smaller ones or faster.
-        dtype: what to compute in; none: as the program does.
+        dtype: what to compute in; none: as the last ``convert-dtype`` of the pipeline says, else
+            float32, which every processor runs fast.
         accuracy_level: of quantised products: 4 rounds activations to 8-bit integers, which is
             fastest; 1 keeps them in float32.
         external_data: where weights go: auto puts them into a file of their own above 1 GB.
@@ -38,7 +40,7 @@ class Onnx(Backend):
     name: ClassVar[str] = "onnx"
 
     opset: int = 23
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    dtype: DType | None = None
     accuracy_level: Literal[0, 1, 2, 3, 4] = 4
     external_data: Literal["auto", "always"] = "auto"
 
@@ -49,9 +51,10 @@ class Onnx(Backend):
             raise ValueError(f"accuracy_level is 0 to 4, got {self.accuracy_level}")
 
     def prepare(self, program: Program) -> Program:
-        if self.dtype is None or self.computes_in(program) == self.dtype:
+        dtype = self.dtype or _fitting_dtype(program)
+        if dtype is None or self.computes_in(program) == dtype:
             return program
-        return ConvertDtype(to=self.dtype)(program, PassContext()).program
+        return ConvertDtype(to=dtype)(program, PassContext()).program
 
     def computes_in(self, program: Program) -> str:
         from ..checks import compute_dtype
@@ -112,6 +115,12 @@ class Onnx(Backend):
 
         with exact_session(folder) as session:
             yield session
+
+
+def _fitting_dtype(program: Program) -> DType | None:
+    """Return float32 unless the pipeline chose a dtype."""
+    chosen = any(text.partition("{")[0] == ConvertDtype.name for text in program.origin.passes)
+    return None if chosen else "float32"
 
 
 def _metadata(program: Program) -> dict[str, str]:

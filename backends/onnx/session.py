@@ -69,7 +69,11 @@ class OnnxSession(Session):
     ) -> dict[str, Any]:
         session = self._sessions[graph]
         binding = session.io_binding()
+        narrow = {one.name for one in self.graphs[graph].inputs if one.dtype == "bfloat16"}
         for name, value in feeds.items():
+            if name in narrow and value.data_type() != _BFLOAT16:
+                bits = _bfloat16_bits(value.numpy())
+                value = self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, 16)
             binding.bind_ortvalue_input(name, value)
         first, *others = self.graphs[graph].outputs
         shape = first.known_sizes(sizes) if first.dtype == "float32" else None
@@ -212,6 +216,12 @@ def _widen(value: Any) -> Array:
     halves = np.ctypeslib.as_array((ctypes.c_uint16 * count).from_address(value.data_ptr()))
     wide = (halves.astype(np.uint32) << 16).view(np.float32)
     return wide.reshape(shape)
+
+
+def _bfloat16_bits(array: Array) -> Array:
+    """Return float32 values rounded to the nearest bfloat16, as ``uint16`` bits."""
+    bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def _errors() -> tuple[type[Exception], ...]:

@@ -69,7 +69,13 @@ def block_influence(
     with context.progress.task("scoring blocks", total=len(windows)) as advance:
         for batch in windows.split(rows):
             inputs = _inputs(program, name, batch)
-            part.run(inputs, name, observe=meter.observe, dtype=torch.float32)
+            part.run(
+                inputs,
+                name,
+                observe=meter.observe,
+                dtype=torch.float32,
+                device=context.device,
+            )
             advance(len(batch))
     return BlockInfluence(meter.scores(), name, windows.numel(), fingerprint(program))
 

@@ -115,7 +115,11 @@ def _refuse(config: Config, kept: list[int]) -> None:
         if config.get(key) and kept != list(range(len(kept))):
             _inexpressible(key, config[key])
     if isinstance(config.get("depths"), list):
-        _inexpressible("depths", config["depths"])
+        raise PassError(
+            f"prune-blocks: the blocks are stages, of {config['depths']} layers (depths), each "
+            "with a width and resolution of its own",
+            remedy="leave the pass out: a stage cannot be removed",
+        )
 
 
 def _inexpressible(key: str, value: Any) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ...ir import PassError, Program, call_name, find_blocks
+from ...ir import PassError, Program, find_blocks
+from ..blame import place_of
 from ..fidelity import same_bits
 from ..probes import Inputs, probes
 from .removal import Removal
@@ -66,7 +67,7 @@ def _first_wrong_node(
         if wrong or not isinstance(value, Tensor) or not isinstance(known, Tensor):
             return
         if known.shape != value.shape or not torch.equal(known, value):
-            wrong.append(f", first wrong at %{node.name} ({call_name(node)})")
+            wrong.append(f", first wrong at {place_of(node)}")
 
     before.run(inputs[0], graph, observe=keep, bypass=bypass)
     after.run(inputs[1], graph, observe=compare)

@@ -45,4 +45,5 @@ def _is_floating(node: fx.Node) -> bool:
 
 
 def _type(node: fx.Node) -> str:
-    return f"[{', '.join(map(str, node.meta['val'].shape))}]"
+    sizes = [str(size) if isinstance(size, int) else "*" for size in node.meta["val"].shape]
+    return f"[{', '.join(sizes)}]"

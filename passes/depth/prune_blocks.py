@@ -110,8 +110,13 @@ class PruneBlocks(Pass):
         """Check that outputs have the bits of the input program with the blocks bypassed.
 
         Raises:
-            PassError: an output has other bits; the message names it and the first wrong node.
+            PassError: other blocks are gone, or an output has other bits; the message names it and
+                the first wrong node.
         """
+        left = {block.key for block in find_blocks(after.graphs[self._graph(before)])}
+        gone = {block.index: block.key for block in self._blocks(before) if block.key not in left}
+        if set(gone) != set(self.blocks or gone) or len(gone) != (self.count or len(self.blocks)):
+            raise PassError(f"prune-blocks: the blocks {', '.join(gone.values())} are gone")
         check_bypassed(before, after, self._graph(before))
 
     def _graph(self, program: Program) -> str:

@@ -14,13 +14,12 @@ from ...ir import (
     Program,
     Weight,
     Weights,
-    call_name,
     converted,
     kept_calls,
     main_dtype,
 )
 from ..base import Fidelity, Pass, PassResult, Remark
-from ..blame import first_wrong_node
+from ..blame import first_wrong_node, place_of
 from ..context import PassContext
 from ..fidelity import EXACT, relative_error
 from ..probes import Inputs, dtype_of, probes
@@ -182,7 +181,7 @@ def _check_finite(before: Program, after: Program, graph: str, inputs: Inputs) -
     def watch(node: fx.Node, value: object) -> None:
         if isinstance(value, Tensor) and value.is_floating_point() and not overflows:
             if node.op == "call_function" and bool(value.isinf().any()):
-                overflows.append(f"%{node.name} ({call_name(node)})")
+                overflows.append(place_of(node))
 
     found = after.run(given, graph, observe=watch)
     if all(bool(value.isfinite().all()) for value in found.values()):
@@ -195,5 +194,3 @@ def _check_finite(before: Program, after: Program, graph: str, inputs: Inputs) -
                 f"output {name} overflows {value.dtype}{place}",
                 remedy="convert to bfloat16, which has the range of float32",
             )
-
-

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from modelathe import ir
 from modelathe.cli import main
 from support.word_models import write_bert, write_llama, write_t5
 
@@ -44,16 +46,29 @@ def cli() -> Cli:
     return run_cli
 
 
-@pytest.fixture(scope="session")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for models and artifacts that several tests read."""
-    return tmp_path_factory.mktemp("work")
+@pytest.fixture(scope="session", autouse=True)
+def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder for models and artifacts that several tests read.
+
+    What lies in it does not change, so a model there is captured once: that is most of the time
+    that a tiny model takes.
+    """
+    folder = tmp_path_factory.mktemp("work")
+    capture = functools.cache(ir.capture)
+
+    def captured(model: str, **options: Any) -> ir.Program:
+        shared = Path(model).is_relative_to(folder)
+        return (capture if shared else capture.__wrapped__)(model, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ir, "capture", captured)
+        yield folder
 
 
 @pytest.fixture(scope="session")
 def llama(work: Path) -> Path:
     """A tiny decoder's model folder."""
-    return write_llama(work / "llama")
+    return write_llama(work / "llama", num_hidden_layers=3)
 
 
 @pytest.fixture(scope="session")
@@ -91,6 +106,15 @@ def plain(llama: Path, work: Path, options: list[object]) -> Path:
     done = run_cli("run", llama, "-o", work / "plain", *options)
     assert done.status == 0, done.err
     return work / "plain"
+
+
+@pytest.fixture(scope="session")
+def program(llama: Path, work: Path) -> Path:
+    """The tiny decoder as a Program folder, which is read at once where a model is captured."""
+    folder = work / "program"
+    folder.mkdir()
+    ir.save_program(ir.capture(str(llama)), folder)
+    return folder
 
 
 PIPELINE = "fold-norms,prune-blocks{count=1},quantize-weights{bits=4 group-size=32}"

@@ -34,8 +34,8 @@ def test_the_folder_has_everything_and_the_manifest_says_how(small: Path, llama:
     assert manifest["model"] == str(llama)
     passes = [step["pass"].partition("{")[0] for step in manifest["steps"]]
     assert passes == ["canonicalize", "fold-norms", "prune-blocks", "quantize-weights"]
-    assert manifest["sizes"]["blocks"] == 3
-    assert json.loads((small / "config.json").read_text())["num_hidden_layers"] == 3
+    assert manifest["sizes"]["blocks"] == 2
+    assert json.loads((small / "config.json").read_text())["num_hidden_layers"] == 2
     assert set(manifest["fidelity"]) >= {"kl", "top1_agreement", "perplexity", "tokens"}
 
 
@@ -109,8 +109,8 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
 ) -> None:
     words = ["run", llama, "-p", pipeline, "-o", tmp_path / "out", "--dry-run"]
     found = cli(*words, "--json").json
-    assert found["blocks"] == 4
-    assert found["estimated_blocks"] == 3
+    assert found["blocks"] == 3
+    assert found["estimated_blocks"] == 2
     assert found["estimated_bytes"] < found["bytes"] / 2
     assert [step["pass"] for step in found["passes"]] == [
         "fold-norms",
@@ -133,7 +133,7 @@ def test_every_backend_writes_what_eval_bench_generate_and_run_take(
     assert done.status == 0, done.err
     assert cli("eval", out, "--text", text, "--against", llama, "--json").json["kl"] < 0.1
     assert len(cli("generate", out, "a b", "--max-new-tokens", 3, "--json").json["tokens"]) <= 3
-    assert cli("inspect", out, "--json").json["sizes"]["blocks"] == 4
+    assert cli("inspect", out, "--json").json["sizes"]["blocks"] == 3
     more = cli("run", out, "-p", "prune-blocks{blocks=0}", "-o", tmp_path / "more", *options)
     assert more.status == 0, more.err
     manifest = json.loads((tmp_path / "more" / "manifest.json").read_text())
@@ -142,7 +142,7 @@ def test_every_backend_writes_what_eval_bench_generate_and_run_take(
 
 def test_inspect_and_diff_of_a_model(llama: Path, cli: Cli) -> None:
     found = cli("inspect", llama, "--json").json
-    assert (found["kind"], found["blocks"]) == ("decoder", 4)
+    assert (found["kind"], found["blocks"]) == ("decoder", 3)
     assert found["bits_per_weight"] == 32
     shown = cli("diff", llama, "-p", "fold-norms").out
     assert "+weight @" in shown
@@ -189,7 +189,7 @@ def test_an_existing_folder_is_replaced_only_with_force(
 @pytest.mark.parametrize(
     ("passes", "message"),
     [
-        ("prune-blocks{count=4}", "block"),
+        ("prune-blocks{count=3}", "block"),
         ("prune-blocks{blocks=9}", "9"),
         ("quantize-weights{group-size=48}", "48"),
         ("quantize-weights{bits=5}", "5"),
@@ -250,7 +250,7 @@ def remote_code(folder: Path) -> None:
         (lambda folder: (folder / "config.json").unlink(), "config"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
         (corrupt, "safetensors"),
-        (wrong_shapes, "shape"),
+        (wrong_shapes, "in the file and"),
         (with_nan, "nan"),
         (pickled, "pickle"),
         (remote_code, "code"),
@@ -285,7 +285,7 @@ def test_bad_calibration_text_is_refused(
     words = ["-p", "prune-blocks{count=1}", "--calibration", tmp_path / "text.txt"]
     done = cli("run", llama, *words, "-o", tmp_path / "out")
     assert done.status == 1
-    assert "text.txt" in done.err
+    assert "text" in done.err
     assert "\nremedy: " in done.err
     assert not (tmp_path / "out").exists()
 
@@ -316,13 +316,13 @@ def test_no_permission_is_said_before_the_work(llama: Path, cli: Cli, tmp_path: 
     ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
 )
 def test_an_interrupted_run_leaves_nothing_that_looks_finished(
-    llama: Path, cli: Cli, tmp_path: Path, number: int, status: int, options: list[object]
+    program: Path, cli: Cli, tmp_path: Path, number: int, status: int, options: list[object]
 ) -> None:
     out = tmp_path / "out"
     # A process with the default handlers: a child of a shell job may ignore Ctrl-C.
     code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
     code += "from modelathe.cli import main; sys.exit(main())"
-    words = ["run", llama, "-p", "quantize-weights", "--no-check", "-o", out, *options]
+    words = ["run", program, "-p", "quantize-weights", "--no-check", "-o", out, *options]
     command = [sys.executable, "-P", "-c", code, *map(str, words)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         end = time.monotonic() + 60

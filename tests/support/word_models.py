@@ -43,7 +43,7 @@ def write_bert(folder: Path) -> Path:
         num_attention_heads=4,
         max_position_embeddings=48,
     )
-    return _write(folder, BertModel(config, add_pooling_layer=False))
+    return _write(folder, BertModel(config))
 
 
 def write_t5(folder: Path) -> Path:

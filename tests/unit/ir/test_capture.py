@@ -67,7 +67,7 @@ def test_an_encoder_decoder_gives_the_bits_of_transformers_token_by_token(pads: 
         for name in found.signatures["decoder"].inputs
         if name.startswith("past_key_values.")
     }
-    state = None
+    state = hidden = None
     for start, stop in ((0, 3), (3, 4), (4, 5)):
         given = {
             "decoder_input_ids": tokens[:, start:stop],

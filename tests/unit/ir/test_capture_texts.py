@@ -50,7 +50,7 @@ def test_a_damaged_pt2_file_is_refused(tmp_path: Path, content: bytes) -> None:
         capture(path, allow_pickle=True)
 
 
-FACTORY = '''
+FACTORY = """
 import torch
 from torch import nn
 
@@ -63,7 +63,7 @@ def alone():
 
 def number():
     return 7
-'''
+"""
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ def test_there_is_no_pickle_in_it(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [PROGRAM_FILE, WEIGHTS_FILE]
     for path in tmp_path.iterdir():
         assert not zipfile.is_zipfile(path)
-        with pytest.raises(ValueError, match="opcode|exhausted|not enough"):
+        with pytest.raises(ValueError, match=r"opcode|exhausted|not enough"):
             list(pickletools.genops(path.read_bytes()))
     json.loads((tmp_path / PROGRAM_FILE).read_text())
 

@@ -1,0 +1,335 @@
+"""Gain and bias of a norm move into its readers, or stay with a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from modelathe.ir import Linear, Norm, Program, TensorWeight, capture
+from modelathe.passes import Canonicalize, FoldNorms, Pipeline, QuantizeWeights, Remark
+from support.feeds import feed
+from support.models import canonical, context, module, perturb, program
+from support.numeric import EXACT, worst_error
+
+F = nn.functional
+
+
+def norms(found: Program) -> list[Norm]:
+    nodes = [node for graph in found.graphs.values() for node in graph.nodes]
+    return [norm for node in nodes if (norm := Norm.match(node))]
+
+
+def linears(found: Program) -> list[Linear]:
+    return [linear for node in found.graph.nodes if (linear := Linear.match(node))]
+
+
+def small(build: Callable[[], nn.Module], *shape: int) -> Program:
+    torch.manual_seed(0)
+    model = build().eval()
+    perturb(model)
+    return capture(model, (torch.ones(shape or (3, 8)),))
+
+
+def kinds(remarks: tuple[Remark, ...]) -> list[str]:
+    return [str(remark) for remark in remarks]
+
+
+def assert_exact(before: Program, after: Program) -> None:
+    for graph in before.graphs:
+        inputs = feed(before, graph)
+        wide = [each.run(inputs, graph, dtype=torch.float64) for each in (after, before)]
+        assert worst_error(*wide) <= EXACT
+
+
+def test_weights_are_the_products_rounded_once() -> None:
+    before = program("norm-linears")
+    after = FoldNorms()(before).program
+    state = {name: value.detach().double() for name, value in module("norm-linears").state_dict().items()}
+    gain, shift = state["norm.weight"], state["norm.bias"]
+    left, right = linears(after)
+    for linear, name in ((left, "left"), (right, "right")):
+        weight = (state[f"{name}.weight"] * gain).float()
+        assert torch.equal(after.weight(linear.weight).load(), weight)
+        bias = state[f"{name}.weight"] @ shift + state.get(f"{name}.bias", torch.zeros(8))
+        assert linear.bias is not None
+        assert torch.equal(after.weight(linear.bias).load(), bias.float())
+    (norm,) = norms(after)
+    assert (norm.gain, norm.bias, norm.eps) == (None, None, 1e-5)
+
+
+def test_a_norm_without_a_bias_adds_none() -> None:
+    after = FoldNorms()(canonical("llama")).program
+    assert all(linear.bias is None for linear in linears(after))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "llama-bf16", "vit", "t5"])
+def test_every_norm_in_front_of_a_linear_is_folded(name: str) -> None:
+    result = FoldNorms()(canonical(name))
+    left = [norm for norm in norms(result.program) if norm.gain is not None]
+    missed = [remark for remark in result.remarks if remark.kind == "missed"]
+    assert {remark.where for remark in missed} == {norm.node.name for norm in left}
+    assert len(left) < len(norms(canonical(name)))
+
+
+def test_a_bias_is_not_an_input_of_the_next_fold() -> None:
+    """Two norms in a row through two linears: each weight is folded with its own norm."""
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8))
+
+    before = small(build)
+    result = FoldNorms()(before)
+    assert [remark.kind for remark in result.remarks] == ["applied", "applied"]
+    assert_exact(before, result.program)
+
+
+class Rows(nn.Module):
+    """The linear reads one position of the norm, as a classifier's head does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.head(self.norm(x)[:, 0])
+        return result
+
+
+def test_moving_rows_does_not_matter() -> None:
+    before = small(Rows, 2, 3, 8)
+    result = FoldNorms()(before)
+    assert [remark.kind for remark in result.remarks] == ["applied"]
+    assert_exact(before, result.program)
+
+
+class Columns(nn.Module):
+    """The linear reads some columns of the norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.head(self.norm(x)[..., :4])
+        return result
+
+
+class Halves(Columns):
+    """The linear reads the norm cut into rows of half the width."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.head(self.norm(x).reshape(-1, 4))
+        return result
+
+
+class Wide(nn.Module):
+    """A norm over two dimensions, read by a linear over one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.LayerNorm([8, 8]), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.head(self.norm(x))
+        return result
+
+
+class ComputedWeightOfLinear(nn.Module):
+    """The linear's weight is made from the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.norm(x), x * 2)
+
+
+class ComputedGain(nn.Module):
+    """The norm's gain is made from the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.head(F.layer_norm(x, [8], x[0], None))
+        return result
+
+
+class BiasToo(nn.Module):
+    """A linear that reads the norm as its input and as its bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.weight = nn.LayerNorm(8), nn.Parameter(torch.zeros(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x[0])
+        return F.linear(y, self.weight, y)
+
+
+class Returned(nn.Module):
+    """The norm is an output, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.norm(x)
+        return y, self.head(y)
+
+
+REFUSED: dict[str, tuple[Callable[[], Program], str]] = {
+    "read by a sum": (
+        lambda: program("post-norm"),
+        "missed: layer_norm: also read by %add (aten.add.Tensor)",
+    ),
+    "read as a weight": (
+        lambda: program("norm-as-weight"),
+        "missed: layer_norm: read by %linear (aten.linear)",
+    ),
+    "tied head": (
+        lambda: program("tied-head"),
+        "missed: layer_norm: head is tied; untie=true to force",
+    ),
+    "columns": (
+        lambda: small(Columns),
+        "missed: layer_norm: read by %slice_1 (aten.slice.Tensor)",
+    ),
+    "halves": (lambda: small(Halves), "missed: layer_norm: read by"),
+    "two dimensions": (
+        lambda: small(Wide, 2, 8, 8),
+        "missed: layer_norm: normalises over 2 dimensions, and a linear reads one",
+    ),
+    "weight from activations": (
+        lambda: small(ComputedWeightOfLinear),
+        "missed: layer_norm: read by %linear (aten.linear)",
+    ),
+    "gain from activations": (
+        lambda: small(ComputedGain),
+        "missed: layer_norm: its gain or bias is computed from activations",
+    ),
+    "input and bias": (
+        lambda: small(BiasToo),
+        "missed: layer_norm: read by %linear (aten.linear)",
+    ),
+    "an output": (lambda: small(Returned), "missed: layer_norm: an output of the graph"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_norm_that_cannot_be_folded_says_why(case: str) -> None:
+    build, message = REFUSED[case]
+    before = Canonicalize()(build()).program
+    result = FoldNorms()(before)
+    (remark,) = result.remarks
+    assert str(remark).startswith(message)
+    assert not result.modified
+
+
+def test_a_tied_head_can_be_untied_on_demand() -> None:
+    before = program("tied-head")
+    result = FoldNorms(untie=True)(before)
+    assert kinds(result.remarks) == [
+        "applied: layer_norm: gain and bias folded into %linear",
+        "applied: linear: untied head from %embedding: 512 bytes",
+    ]
+    assert_exact(before, result.program)
+    assert "embed.weight" in result.program.weights
+
+
+class OneWeight(nn.Module):
+    """One weight, read behind two norms; the norms may have different gains."""
+
+    def __init__(self, alike: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.LayerNorm(8), nn.LayerNorm(8)
+        if alike:
+            self.second = self.first
+        self.up = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.up(self.first(x)) + self.up(self.second(x + 1))
+        return result
+
+
+def test_a_shared_weight_stays_shared_where_all_readers_have_one_gain() -> None:
+    before = small(lambda: OneWeight(True))
+    result = FoldNorms()(before)
+    assert [remark.kind for remark in result.remarks] == ["applied", "applied"]
+    left, right = linears(result.program)
+    assert left.weight.target == right.weight.target
+    assert left.bias is not None
+    assert right.bias is not None
+    assert left.bias.target == right.bias.target
+    assert_exact(before, result.program)
+
+
+def test_a_shared_weight_behind_two_gains_is_refused_or_untied() -> None:
+    before = small(lambda: OneWeight(False))
+    result = FoldNorms()(before)
+    assert [remark.kind for remark in result.remarks] == ["missed", "missed"]
+    assert "reads another norm; untie=true to force" in result.remarks[0].message
+    forced = FoldNorms(untie=True)(before)
+    assert forced.modified
+    assert_exact(before, forced.program)
+
+
+class Mixed(nn.Module):
+    """A weight behind a norm that may be folded, and behind one that may not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up = nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x + 1)
+        result: Tensor = self.up(self.norm(x)) + self.up(y) + y
+        return result
+
+
+def test_one_refusal_costs_the_norms_that_share_its_weights() -> None:
+    result = FoldNorms()(small(Mixed))
+    assert {remark.kind for remark in result.remarks} == {"missed"}
+    assert len(result.remarks) == 2
+
+
+def test_a_quantised_reader_keeps_its_grid() -> None:
+    quantised = QuantizeWeights(group_size=8)(program("norm-linears")).program
+    (remark,) = FoldNorms()(quantised).remarks
+    assert remark.kind == "missed"
+    assert "is quantised already: fold before quantising" in remark.message
+
+
+def test_bfloat16_weights_are_folded_in_float64() -> None:
+    before = canonical("llama-bf16")
+    after = FoldNorms()(before).program
+    folded = [name for name in after.weights if name.endswith(".folded")]
+    assert len(folded) == 2 * 5 + 1
+    name = "model.layers.0.self_attn.q_proj.weight"
+    weight, gain = (
+        before.weight(key).load().double()
+        for key in (name, "model.layers.0.input_layernorm.weight")
+    )
+    found = after.weight(f"{name}.folded")
+    assert torch.equal(found.load(torch.float64), weight * gain)
+    assert torch.equal(found.load(), (weight * gain).bfloat16())
+    assert_exact(before, after)
+
+
+def test_nothing_is_computed_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = canonical("llama")
+    monkeypatch.setattr(TensorWeight, "load", None)
+    assert FoldNorms()(before).modified
+
+
+def test_a_pipeline_measures_next_to_nothing() -> None:
+    result = Pipeline([FoldNorms()], context=context())(program("llama"))
+    error = result.steps[-1].measured.error
+    assert error is not None
+    assert error <= EXACT
