@@ -208,8 +208,8 @@ def _forward(program: Program, session: Session, batch: Inputs) -> Tensor:
 
 
 def _seq2seq(session: Session, batch: Inputs) -> Tensor:
-    from .generate import encoder_feeds
-
-    source, target = batch["input_ids"].numpy(), batch["decoder_input_ids"].numpy()
-    cache = session.encode(encoder_feeds(session, source, np.ones_like(source)))
+    target = batch["decoder_input_ids"].numpy()
+    names = [spec.name for spec in session.graphs["encoder"].inputs]
+    source = _arrays(session, "encoder", {name: batch[name] for name in names})
+    cache = session.encode(source)
     return torch.from_numpy(session.decode(target, np.ones_like(target), cache)[0])

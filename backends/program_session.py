@@ -68,7 +68,9 @@ class ProgramSession(Session):
         signature = self.program.signatures[graph]
         inputs = [self._cast(feeds[name]) for name in signature.inputs]
         with torch.no_grad():
-            values = interpret(self.program.graphs[graph], inputs, self._load, place=Place(self.dtype))
+            values = interpret(
+                self.program.graphs[graph], inputs, self._load, place=Place(self.dtype)
+            )
         return dict(zip(signature.outputs, values, strict=True))
 
     def _load(self, node: fx.Node) -> Tensor:

@@ -3,8 +3,8 @@
     python benchmarks/genai.py [--tokens 32]
 
 The float32 ONNX folder, loaded by onnxruntime-genai, must decode greedily the same tokens as
-transformers does on the source model, for five prompts; the 4-bit folder must load and generate there.
-Exits with 1 when one of them does not.
+transformers does on the source model, for five prompts; the 4-bit folder must load and generate
+there.  Exits with 1 when one of them does not.
 """
 
 from __future__ import annotations

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from ..passes import Pipeline, Step
 
 
+TEXT, LIMITS = "Text and measuring", "Limits: the run fails where one is broken"
+
+
 class Device(enum.StrEnum):
     """Where heavy work of passes runs."""
 
@@ -52,39 +55,66 @@ def command(
     no_check: Annotated[
         bool, typer.Option("--no-check", help="Neither check passes nor the artifact's outputs.")
     ] = False,
-    seed: Annotated[int, typer.Option(metavar="S", help="Of everything random.")] = 0,
+    seed: Annotated[
+        int, typer.Option(rich_help_panel=TEXT, metavar="S", help="Of everything random.")
+    ] = 0,
     calibration: Annotated[
         str | None,
-        typer.Option(metavar="FILE|self", help="Text to calibrate on (.txt, .jsonl, .npy)."),
+        typer.Option(
+            rich_help_panel=TEXT,
+            metavar="FILE|self",
+            help="Text to calibrate on (.txt, .jsonl, .npy).",
+        ),
     ] = None,
-    calibration_samples: Annotated[int, typer.Option(min=1, metavar="N")] = 128,
+    calibration_samples: Annotated[
+        int, typer.Option(rich_help_panel=TEXT, min=1, metavar="N", help="How many samples of it.")
+    ] = 128,
     calibration_length: Annotated[
-        int, typer.Option(min=2, metavar="N", help="Tokens of a sample.")
+        int, typer.Option(rich_help_panel=TEXT, min=2, metavar="N", help="Tokens of a sample.")
     ] = 512,
     check_text: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Text to measure fidelity on; else the calibration text's end."
+            rich_help_panel=TEXT,
+            metavar="FILE",
+            help="Text to measure fidelity on; else the calibration text's end.",
         ),
     ] = None,
     check_tokens: Annotated[
-        int, typer.Option(min=2, metavar="N", help="Tokens to measure on, at most.")
+        int,
+        typer.Option(
+            rich_help_panel=TEXT, min=2, metavar="N", help="Tokens to measure on, at most."
+        ),
     ] = 8192,
     max_kl: Annotated[
-        float | None, typer.Option(min=0.0, metavar="X", help="Fail above X nats of KL per token.")
+        float | None,
+        typer.Option(
+            rich_help_panel=LIMITS, min=0.0, metavar="X", help="Nats of KL per token, at most."
+        ),
     ] = None,
     max_perplexity_increase: Annotated[
         float | None,
-        typer.Option(min=0.0, metavar="X", help="Fail above a rise by X (0.1 is 10 %)."),
+        typer.Option(
+            rich_help_panel=LIMITS,
+            min=0.0,
+            metavar="X",
+            help="Rise of perplexity, at most (0.1 is 10 %).",
+        ),
     ] = None,
     min_agreement: Annotated[
         float | None,
         typer.Option(
-            min=0.0, max=1.0, metavar="X", help="Fail below a share X of equal first choices."
+            rich_help_panel=LIMITS,
+            min=0.0,
+            max=1.0,
+            metavar="X",
+            help="Share of equal first choices, at least.",
         ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub id.")] = None,
-    device: Annotated[Device, typer.Option(help="Where heavy work runs.")] = Device.CPU,
+    device: Annotated[
+        Device, typer.Option(rich_help_panel=TEXT, help="Where heavy work runs.")
+    ] = Device.CPU,
     allow_pickle: AllowPickle = False,
     as_json: Json = False,
     debug: Debug = False,

@@ -46,6 +46,7 @@ from .weights import (
     Weight,
     Weights,
     content_hash,
+    is_finite,
 )
 
 __all__ = [
@@ -89,6 +90,7 @@ __all__ = [
     "graph_text",
     "info_of",
     "insert_call",
+    "is_finite",
     "is_program_folder",
     "is_weight",
     "kept_calls",

@@ -6,7 +6,8 @@ import contextlib
 import importlib
 import os
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -165,7 +166,8 @@ def _capture_pt2(path: Path, allow_pickle: bool) -> Program:
             remedy="trust the file with --allow-pickle",
         )
     try:
-        exported = torch.export.load(path)
+        with torch.no_grad(), _quiet_torch():
+            exported = torch.export.load(path).run_decompositions({})
     except Exception as error:
         raise CaptureError(
             f"{path}: torch.export.load rejects it", remedy="export it again with this torch"
@@ -228,6 +230,14 @@ def _export(wrapped: Wrapped, name: str) -> torch.export.ExportedProgram:
     return _exported(wrapped.module, (example,), (dynamic,), name)
 
 
+@contextlib.contextmanager
+def _quiet_torch() -> Iterator[None]:
+    """Keep from the user what torch.export says about its own use of torch."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec", FutureWarning)
+        yield
+
+
 def _exported(
     module: nn.Module,
     args: tuple[Any, ...],
@@ -241,7 +251,7 @@ def _exported(
     some calls write in place.
     """
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _quiet_torch():
             exported: torch.export.ExportedProgram = torch.export.export(
                 module, args, named, dynamic_shapes=dynamic, strict=False
             ).run_decompositions({})
@@ -275,7 +285,6 @@ def _from_exported(
     """Build a program of kind ``module``; sizes keep the names that the user gave them."""
     from .symbols import input_dims
 
-    exported = exported.run_decompositions({})
     dims, dtypes = input_dims(exported)
     outputs = tuple(
         f"output_{i}" if len(exported.graph_signature.user_outputs) > 1 else "output"
@@ -321,7 +330,8 @@ def _add_graph(
     prefix: str = "",
 ) -> None:
     """Copy an exported graph into ``program``: plain names, no assertions, no owning module."""
-    module = exported.module(check_guards=False)
+    with _quiet_torch():
+        module = exported.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}

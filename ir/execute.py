@@ -109,7 +109,8 @@ def interpret(
         elif node.op == "get_attr":
             value = load(node)
         elif node.op == "output":
-            return tuple(value_of(result) for result in node.args[0])
+            results: Any = node.args[0]
+            return tuple(value_of(result) for result in results)
         else:
             args = fx.node.map_arg(node.args, value_of)
             kwargs = fx.node.map_arg(node.kwargs, value_of)

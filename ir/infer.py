@@ -15,8 +15,9 @@ from .errors import VerifyError
 from .program import Signature
 from .weights import Weight, Weights
 
-# Hints of the named sizes: different primes, so that no two sizes look equal by accident.
-_HINTS = (3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
+# Hints of the named sizes: different primes, so that no two sizes look equal by accident, and large
+# ones, so that no quotient of a size (chunks of a text) is 1, which would be taken for a constant.
+_HINTS = (1009, 2003, 3001, 4001, 5003, 6007, 7001, 8009, 9001, 10007, 11003)
 
 
 def fake_mode(graph: fx.Graph) -> FakeTensorMode:

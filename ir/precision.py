@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from .blocks import info_of, set_info
 from .calls import Attention, Norm
 from .errors import PassError
-from .infer import Sizes, fake_weight, infer_call, note_inferred
+from .infer import fake_mode, fake_weight, infer_call, is_inferred, note_inferred
 from .program import Program
 from .weights import ComputedWeight, Weight, Weights
 
@@ -77,9 +77,8 @@ def converted(program: Program, dtype: torch.dtype, keep: Iterable[Keep] = ()) -
     sources = _sources(program, dtype)
     kept_kinds = frozenset(keep if dtype != torch.float32 else ())
     new_names: dict[tuple[str, torch.dtype], str] = {}
-    sizes = Sizes()
     for name in made.graphs:
-        _Conversion(made, name, dtype, sources, kept_kinds, new_names).run(sizes)
+        _Conversion(made, name, dtype, sources, kept_kinds, new_names).run()
     renamed = {old: new for (old, to), new in new_names.items() if to == dtype}
     made.clean()
     aliases = {alias: renamed.get(name, name) for alias, name in aliases.items()}
@@ -160,7 +159,8 @@ class _Conversion:
         new_names: dict[tuple[str, torch.dtype], str],
     ) -> None:
         self.program, self.name, self.dtype = program, name, dtype
-        self.graph, self.signature = program.graphs[name], program.signatures[name]
+        self.graph = program.graphs[name]
+        self.mode = fake_mode(self.graph)
         self.sources, self.new_names = sources, new_names
         self.old = {node: _dtype(node) for node in self.graph.nodes}
         self.changing = self._changing()
@@ -178,29 +178,28 @@ class _Conversion:
             and (self.old[node] != torch.float32 or node in active)
         }
         for node in self.graph.nodes:
-            if wide and node.target in _CONSTANTS and self.old[node] == torch.float32:
-                if all(user in found or user.op == "output" for user in node.users):
-                    found.add(node)
+            made = wide and node.target in _CONSTANTS and self.old[node] == torch.float32
+            if made and all(user in found or user.op == "output" for user in node.users):
+                found.add(node)
         return found
 
-    def run(self, sizes: Sizes) -> None:
+    def run(self) -> None:
         """Rewrite the graph, giving each node its type on the way."""
         for node in list(self.graph.nodes):
             if node.op == "placeholder":
-                dtype = self.dtype if node in self.changing else node.meta["val"].dtype
-                dims = self.signature.dims[str(node.target)]
-                node.meta["val"] = sizes.tensor(dims, dtype)
+                if node in self.changing:
+                    with self.mode:
+                        node.meta["val"] = torch.empty(node.meta["val"].shape, dtype=self.dtype)
             elif node.op == "get_attr":
-                self._weight(node, sizes)
+                self._weight(node)
             elif node.op == "call_function":
-                self._call(node, sizes)
+                self._call(node)
             else:
-                self._operands(node, sizes, self.dtype, self.sources)
+                self._operands(node, self.dtype, self.sources)
 
-    def _weight(self, node: fx.Node, sizes: Sizes) -> None:
+    def _weight(self, node: fx.Node) -> None:
         """Give each reader of a weight the dtype that it wants."""
         weight = self.program.weight(node)
-        node.meta["val"] = fake_weight(sizes.mode, weight)
         if weight.dtype not in self.sources:
             return
         readers: dict[torch.dtype, list[fx.Node]] = {}
@@ -211,7 +210,7 @@ class _Conversion:
                 continue
             with self.graph.inserting_before(node):
                 other = self.graph.get_attr(self._cast_weight(str(node.target), dtype))
-            other.meta["val"] = fake_weight(sizes.mode, self.program.weight(other))
+            other.meta["val"] = fake_weight(self.mode, self.program.weight(other))
             for user in users:
                 user.replace_input_with(node, other)
 
@@ -232,29 +231,30 @@ class _Conversion:
             self.new_names[name, dtype] = new
         return self.new_names[name, dtype]
 
-    def _call(self, node: fx.Node, sizes: Sizes) -> None:
+    def _call(self, node: fx.Node) -> None:
         inner = torch.float32 if node in self.kept else self.dtype
         if self.dtype != torch.float32:
             self._edit(node, self._in_range)
         if node in self.changing:
             self._edit(node, lambda a: inner if a in self.sources else a)
             wide = frozenset((self.dtype, *self.sources)) if node in self.kept else self.sources
-            self._operands(node, sizes, inner, wide)
+            self._operands(node, inner, wide)
         if self._copies_nothing(node):
             return
-        node.meta["val"] = infer_call(sizes.mode, node)
-        note_inferred(node)
+        if not is_inferred(node):
+            node.meta["val"] = infer_call(self.mode, node)
+            note_inferred(node)
         found = _dtype(node)
         if node in self.changing and found != self.dtype and not _is_tuple(node):
-            cast = self._cast(node, self.dtype, sizes)
+            cast = self._cast(node, self.dtype)
             node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
 
     def _edit(self, node: fx.Node, change: Callable[[Any], Any]) -> None:
         """Change arguments that are not nodes."""
-        edited = fx.node.map_aggregate(
+        edited: Any = fx.node.map_aggregate(
             (node.args, node.kwargs), lambda a: a if isinstance(a, fx.Node) else change(a)
         )
-        node.args, node.kwargs = edited  # type: ignore[misc, assignment]
+        node.args, node.kwargs = edited
 
     def _in_range(self, value: Any) -> Any:
         if not isinstance(value, float) or value in (float("inf"), float("-inf")):
@@ -262,9 +262,7 @@ class _Conversion:
         limit = torch.finfo(self.dtype).max
         return min(max(value, -limit), limit) if value == value else value
 
-    def _operands(
-        self, node: fx.Node, sizes: Sizes, dtype: torch.dtype, sources: frozenset[torch.dtype]
-    ) -> None:
+    def _operands(self, node: fx.Node, dtype: torch.dtype, sources: frozenset[torch.dtype]) -> None:
         """Convert the operands of ``node`` that are not in ``dtype`` and were in ``sources``."""
         for operand in node.all_input_nodes:
             found = _dtype(operand)
@@ -274,20 +272,18 @@ class _Conversion:
             if not {found, known} & sources:
                 continue
             if found == self.dtype:  # a call that keeps float32 among others that do not
-                cast = self._cast(operand, dtype, sizes, before=node)
+                cast = self._cast(operand, dtype, before=node)
             else:
-                cast = self._cast(operand, dtype, sizes)
+                cast = self._cast(operand, dtype)
             node.replace_input_with(operand, cast)
 
-    def _cast(
-        self, source: fx.Node, dtype: torch.dtype, sizes: Sizes, before: fx.Node | None = None
-    ) -> fx.Node:
+    def _cast(self, source: fx.Node, dtype: torch.dtype, before: fx.Node | None = None) -> fx.Node:
         """Return a conversion of ``source``, one for all readers unless ``before`` names one."""
         if before is None and (source, dtype) in self.casts:
             return self.casts[source, dtype]
         with self.graph.inserting_before(before or source.next):
             cast = self.graph.call_function(aten._to_copy.default, (source,), {"dtype": dtype})
-        cast.meta["val"] = infer_call(sizes.mode, cast)
+        cast.meta["val"] = infer_call(self.mode, cast)
         note_inferred(cast)
         set_info(cast, **info_of(before or source))
         if before is None:

@@ -64,13 +64,15 @@ def call_name(node: fx.Node) -> str:
 def graph_text(program: Program, name: str) -> str:
     """Print one graph, one line per input, weight and call, in graph order."""
     lines = []
+    printed: set[object] = set()
     type_text = _Types()
     signature = program.signatures[name]
     inputs = iter(signature.inputs)
     for node in program.graphs[name].nodes:
         if node.op == "placeholder":
             lines.append(f"input %{node.name} {next(inputs)}: {type_text(node.meta['val'])}")
-        elif node.op == "get_attr":
+        elif node.op == "get_attr" and node.target not in printed:
+            printed.add(node.target)
             lines.append(f"weight @{node.target}: {type_text(program.weight(node))}")
         elif node.op == "call_function":
             args = [_arg_text(a) for a in node.args]

@@ -242,7 +242,8 @@ class ComputedWeight(Weight):
             StorageError: it is too large for that dtype.
         """
         wide = self._evaluate()
-        value = wide.to(self.dtype)
+        # contiguous, as it is when it comes from a file: kernels sum by the layout
+        value = wide.to(self.dtype).contiguous()
         if not is_finite(value) and is_finite(wide):
             raise StorageError(
                 f"rule {self.rule}: the result does not fit into {self.dtype}",
@@ -274,7 +275,7 @@ class ComputedWeight(Weight):
                 value = self._rounded()
                 if not self.keep:
                     return value if dtype is None else value.to(dtype)
-                self._kept = SCRATCH.keep(self._fingerprint, value.contiguous())
+                self._kept = SCRATCH.keep(self._fingerprint, value)
             return self._kept.load(dtype)
 
 

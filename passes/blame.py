@@ -26,12 +26,13 @@ def first_wrong_node(
     dtype: torch.dtype | None,
     limit: float,
 ) -> str:
-    """Return the first node that the rewrite edited and whose value spoils what was not edited.
+    """Return the first node that the rewrite edited and whose value spoils an output.
 
     A right rewrite may change a value in between (a norm whose gain moved into its readers) as long
-    as the readers, edited too, make up for it.  So the culprit is an edited node that differs and
-    that a node outside the edit reads, and that differs as well.  Without one, the first node that
-    differs; without that, nothing: only the outputs' order or names are wrong.
+    as the readers make up for it.  So the culprit is an edited node that differs, from which nodes
+    that differ lead to an output, and that a node outside the edit reads.  Without one, the first
+    node that differs and leads there; without that, nothing: only the outputs' order or names are
+    wrong.
 
     Args:
         before: the pass's input.
@@ -51,12 +52,25 @@ def first_wrong_node(
         if node not in partners or _text(after, node, names) != _text(before, partners[node], {})
     }
     differs = {node for node in calls if _differs(node, partners, *values, limit)}
+    spoils = _leading_to_outputs(calls, differs | {node for node in calls if node not in partners})
     for node in calls:
-        if node in edited and (node in differs or node not in partners):
+        if node in edited and node in spoils:
             outside = [user for user in node.users if user not in edited]
-            if any(user in differs or user.op == "output" for user in outside):
+            if any(user in spoils or user.op == "output" for user in outside):
                 return place_of(node)
-    return next((place_of(node) for node in calls if node in differs), "")
+    return next((place_of(node) for node in calls if node in spoils and node in differs), "")
+
+
+def _leading_to_outputs(calls: list[fx.Node], wrong: set[fx.Node]) -> set[fx.Node]:
+    """Return those of ``wrong`` from which a path through wrong ones leads to an output.
+
+    Where an edit is made up for further down, the path ends.
+    """
+    found: set[fx.Node] = set()
+    for node in reversed(calls):
+        if node in wrong and any(user.op == "output" or user in found for user in node.users):
+            found.add(node)
+    return found
 
 
 def _partners(before: fx.Graph, after: fx.Graph) -> dict[fx.Node, fx.Node]:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from ..ir import PassError, Program
+from ..ir import PassError, Program, path_of
 
 Same = Callable[[fx.Node, fx.Node], bool]
 Accept = Callable[[fx.Node, fx.Node, Same], bool]
@@ -55,7 +55,8 @@ def rewritten_calls(
     for x, y in zip(lefts, rights, strict=False):
         if x.op != y.op or x.target != y.target or not same_arguments(x, y, same):
             if not accept(x, y, same):
-                raise PassError(f"%{y.name}: does not do what %{x.name} did")
+                place = f" (in {path_of(x)})" if path_of(x) else ""
+                raise PassError(f"%{y.name}: does not do what %{x.name} did{place}")
             pairs.append((x, y))
         partner[x] = y
     if len(lefts) != len(rights):

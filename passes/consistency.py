@@ -1,11 +1,13 @@
 """What every pass keeps, also one that changes the function: a cache and padding change nothing.
 
 Both are claims of a program about itself, so they judge a lossy pass too: a mask that is ignored, a
-position that is off, or a cache entry that goes to the wrong block breaks them.
+position that is off, or a cache entry that goes to the wrong block breaks them.  And numbers stay
+numbers.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,11 +15,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from ..ir import MAIN, FidelityError, Program
+from ..ir import MAIN, FidelityError, Program, is_finite
 from .blame import place_of
 from .context import maximum_length
-from .fidelity import EXACT, relative_error
-from .probes import Inputs, empty_cache, feeds, probe
+from .fidelity import EXACT, Measured, relative_error
+from .probes import Inputs, empty_cache, feeds, probe, probes
 
 _TOKENS = 12
 _PADS = 3
@@ -64,6 +66,42 @@ def judge_consistency(before: Program, after: Program, where: str) -> None:
             f"{f', first at {node}' if node else ''}",
             remedy=f"this is a defect of the pass: {pair.defect}",
         )
+
+
+def judge_finite(measured: Measured, before: Program, after: Program, where: str) -> None:
+    """Check that what was measured on the check data are numbers.
+
+    Raises:
+        FidelityError: they are not, and they are for the program before the pass; the message names
+            the first call that gives nan or inf on small random inputs, if one does.
+    """
+    figures = [f for f in (measured.kl, measured.cosine) if f is not None]
+    if all(map(math.isfinite, figures)) or _not_finite(before) is not None:
+        return
+    node = _not_finite(after)
+    raise FidelityError(
+        f"{where}: outputs hold nan or inf{f', first at {node}' if node else ''}",
+        remedy="this is a defect of the pass, or its dtype is too narrow: leave it out",
+    )
+
+
+def _not_finite(program: Program) -> str | None:
+    """Return the first call that makes nan or inf, if outputs hold any on unpadded inputs."""
+    for graph, inputs in probes(program):
+        found: list[str] = []
+
+        def watch(node: fx.Node, value: Any, found: list[str] = found) -> None:
+            if not isinstance(value, Tensor) or node.op != "call_function" or found:
+                return
+            if bool((value.isnan() | value.isposinf()).any()):  # masks hold -inf on purpose
+                found.append(place_of(node))
+
+        if any(bool((v == 0).any()) for name, v in inputs.items() if "mask" in name):
+            continue  # attention to nothing at all
+        outputs = program.run(inputs, graph, observe=watch)
+        if not all(map(is_finite, outputs.values())):
+            return found[0] if found else graph
+    return None
 
 
 def _pairs(program: Program) -> Iterator[_Pair]:

@@ -34,8 +34,8 @@ class PassContext:
         check_text: what fidelity is measured on; None for the calibration text's last tenth,
             which never calibrates, else for text of the model's own.
         calibration_samples: windows to calibrate on, at least 1.
-        calibration_length: tokens in a window; cut to the model's maximum.
-        check_tokens: tokens to measure fidelity on, at most.
+        calibration_length: tokens in a window, at least 2; cut to the model's maximum.
+        check_tokens: tokens to measure fidelity on, at most; at least 2.
         seed: of everything random.
         device: where heavy work runs.
         progress: who is told how far long work is.
@@ -49,13 +49,18 @@ class PassContext:
     seed: int = 0
     device: str = "cpu"
     progress: Progress = field(default_factory=SilentProgress)
-    # Windows already made in this run, by what they were made for.
-    _made: dict[str, TokenWindows] = field(default_factory=dict, repr=False, compare=False)
+    # Windows already made in this run, by what they were made for and for which model.
+    _made: dict[tuple[str, object], TokenWindows] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
-        for name in ("calibration_samples", "calibration_length", "check_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is at least 1, got {getattr(self, name)}")
+        # One token alone predicts nothing.
+        for name, least in (("samples", 1), ("length", 2)):
+            if (value := getattr(self, f"calibration_{name}")) < least:
+                raise ValueError(f"calibration_{name} is at least {least}, got {value}")
+        if self.check_tokens < 2:
+            raise ValueError(f"check_tokens is at least 2, got {self.check_tokens}")
         if self.device != "cpu" and not torch.cuda.is_available():
             raise DataError(
                 f"device {self.device}: torch finds no such device here",
@@ -79,7 +84,7 @@ class PassContext:
                 "sha256": windows.sha256,
                 "windows": list(windows.tokens.shape),
             }
-            for purpose, windows in self._made.items()
+            for (purpose, _), windows in self._made.items()
         }
 
     def calibration_tokens(self, program: Program) -> TokenWindows:
@@ -88,17 +93,19 @@ class PassContext:
         Raises:
             DataError: there is no text, none can be made up, or it is too short.
         """
-        if "calibration" not in self._made:
-            self._made["calibration"] = self._calibration(program)
-        return self._made["calibration"]
+        key = "calibration", program.origin.recapture
+        if key not in self._made:
+            self._made[key] = self._calibration(program)
+        return self._made[key]
 
     def check_tokens_of(self, program: Program) -> TokenWindows | None:
         """Return the windows to measure fidelity on; None where a model reads no tokens."""
-        if "check" not in self._made:
-            if not _reads_tokens(program):
-                return None
-            self._made["check"] = self._check(program)
-        return self._made["check"]
+        if not _reads_tokens(program):
+            return None
+        key = "check", program.origin.recapture
+        if key not in self._made:
+            self._made[key] = self._check(program)
+        return self._made[key]
 
     def _length(self, program: Program) -> int:
         return min(self.calibration_length, maximum_length(program) or self.calibration_length)
@@ -128,8 +135,8 @@ class PassContext:
             return self.check_text
         text = self.check_text
         if text is None and not isinstance(self.calibration, TokenWindows):
-            text = None if self.calibration == SELF else self.calibration
-        if text is None:
+            text = self.calibration
+        if text is None or text == SELF:
             samples = max(1, self.check_tokens // length)
             return self._made_up(program, samples, length, purpose="checks")
         return check_windows(
@@ -144,7 +151,10 @@ class PassContext:
     def _made_up(
         self, program: Program, samples: int, length: int, purpose: str = "calibration"
     ) -> TokenWindows:
-        """Return text of a decoder's own, or random tokens for an encoder."""
+        """Return text of a decoder's own, or random tokens for an encoder.
+
+        Fidelity of an encoder-decoder is measured on random tokens too; calibrating it needs text.
+        """
         from .self_text import generate_windows
 
         # Checks must not see the very sequences that calibrated.
@@ -155,7 +165,7 @@ class PassContext:
                 "model generates itself (pass --calibration FILE for better ones)"
             )
             return generate_windows(program, samples, length, seed, self.progress, self.device)
-        if program.kind == "encoder":
+        if program.kind == "encoder" or purpose == "checks":
             self.progress.note(f"no text given: {purpose} uses seeded random tokens")
             return random_tokens(vocabulary(program) or 2, samples, length, seed)
         raise DataError(
@@ -165,12 +175,19 @@ class PassContext:
 
 
 def _reads_tokens(program: Program) -> bool:
-    return any("input_ids" in signature.inputs for signature in program.signatures.values())
+    names = [name for signature in program.signatures.values() for name in signature.inputs]
+    return any(name.endswith("input_ids") for name in names)
 
 
 def maximum_length(program: Program) -> int | None:
     """Return the longest sequence that the model was made for, in tokens, as its config says."""
-    names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
+    names = (
+        "max_position_embeddings",
+        "n_positions",
+        "max_seq_len",
+        "max_sequence_length",
+        "max_target_positions",
+    )
     found = [program.config.get(name) for name in names]
     longest = min((n for n in found if isinstance(n, int) and n > 0), default=None)
     if longest is not None and program.config.get("model_type") in ("roberta", "mpnet"):

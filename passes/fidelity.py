@@ -16,7 +16,7 @@ from torch import Tensor
 from ..ir import MAIN, DataError, FidelityError, Program, TensorWeight
 from .context import PassContext
 from .metrics import CosineTally, TokenTally, mean_pool
-from .probes import Inputs, feeds, probe, probes, seq2seq_feeds
+from .probes import Inputs, feeds, probe, probes, seq2seq_batch, seq2seq_feeds
 
 EXACT = 1e-9  # largest relative error in float64 of a rewrite that is equal in exact arithmetic
 _ROUNDED = 16  # units in the last place, where a pass stored weights that it rounded itself
@@ -188,7 +188,7 @@ def relative_error(expected: Tensor, found: Tensor) -> float:
     same = (wide == other) | (wide.isnan() & other.isnan())
     gap = torch.where(same, 0.0, (wide - other).abs())
     largest = float(torch.where(wide.isfinite(), wide.abs(), 0.0).max())
-    error = float(gap.nan_to_num(nan=float("inf")).max())
+    error = float(gap.nan_to_num(nan=float("inf"), posinf=float("inf")).max())
     return error / largest if largest else error
 
 
@@ -290,8 +290,11 @@ def _batches(program: Program, context: PassContext) -> Iterator[Inputs]:
             yield probe(program, MAIN, seed, batch=2, sequence=16, past=0)
         return
     step = max(1, _BATCH_TOKENS // windows.tokens.shape[1])
-    for rows in torch.split(windows.tokens, step):
-        yield {"input_ids": rows, "decoder_input_ids": rows}
+    for number, rows in enumerate(torch.split(windows.tokens, step)):
+        if program.kind == "encoder-decoder":
+            yield seq2seq_batch(program, rows, number)
+        else:
+            yield {"input_ids": rows}
 
 
 def forward(program: Program, batch: Inputs, device: str = "cpu") -> Tensor:
@@ -305,11 +308,11 @@ def _logits(program: Program, batch: Inputs, device: str) -> Tensor:
     """Return ``[b, s, vocab]`` in float32."""
     from .probes import empty_cache
 
-    rows = batch["input_ids"]
     if program.kind == "decoder":
+        rows = batch["input_ids"]
         inputs = feeds(program, rows, empty_cache(program, rows.shape[0]), 0)
         return program.run(inputs, dtype=torch.float32, device=device)["logits"]
-    inputs = seq2seq_feeds(program, rows, batch["decoder_input_ids"])
+    inputs = seq2seq_feeds(program, batch, device)
     return program.run(inputs, "decoder", dtype=torch.float32, device=device)["logits"]
 
 

@@ -10,7 +10,7 @@ from typing import Any, Self
 from ..ir import Program, parameter_count, stored_bytes, verify
 from .base import Fidelity, Pass, Remark
 from .canonicalize import Canonicalize
-from .consistency import judge_consistency
+from .consistency import judge_consistency, judge_finite
 from .context import PassContext
 from .fidelity import (
     WARN_KL,
@@ -131,7 +131,9 @@ class Pipeline:
         """
         verify(program)
         context = self.context.fresh()
-        captured = program.origin.reference() if program.origin.passes else program
+        # Capturing the source again takes its time, so only where something is compared with it.
+        again = self.check and bool(program.origin.passes)
+        captured = program.origin.reference() if again else program
         reference = Reference(captured, context)
         passes = list(self.passes)
         if not passes or not isinstance(passes[0], Canonicalize):
@@ -210,5 +212,6 @@ def _judge(pass_: Pass, before: Program, after: Program, reference: Reference) -
             measured = judge_rounding(before, after, pass_.name)
         case Fidelity.LOSSY:
             measured = reference.measure(after)
+            judge_finite(measured, before, after, pass_.name)
     judge_consistency(before, after, pass_.name)
     return measured

@@ -76,9 +76,9 @@ def _largest_index(program: Program, node: fx.Node) -> int:
         if (table := Embedding.match(user)) and is_weight(table.weight)
     ]
     coded = [
-        program.weight(table.codes).shape[0]
+        program.weight(quantized.codes).shape[0]
         for user in node.users
-        if (table := QuantizedEmbedding.match(user))
+        if (quantized := QuantizedEmbedding.match(user))
     ]
     vocabulary = program.config.get("vocab_size")
     if str(node.target).endswith("input_ids") and isinstance(vocabulary, int):
@@ -157,21 +157,39 @@ def feeds(program: Program, tokens: Tensor, cache: Mapping[str, Tensor], past: i
     return given
 
 
-def seq2seq_feeds(program: Program, source: Tensor, target: Tensor) -> Inputs:
-    """Return the decoder's inputs for reading ``target`` at once after encoding ``source``.
+def seq2seq_batch(program: Program, target: Tensor, seed: int = 0) -> Inputs:
+    """Return inputs of an encoder, and tokens for its decoder.
+
+    An encoder that reads tokens reads those of the target; another one reads seeded features.
 
     Args:
-        program: an encoder-decoder that reads tokens; its encoder runs in float32.
-        source: int64 [batch, source].
+        program: an encoder-decoder.
         target: int64 [batch, sequence].
+        seed: of the features.
     """
-    encoder = {"input_ids": source, "attention_mask": torch.ones_like(source)}
-    crossed = program.run(encoder, "encoder", dtype=torch.float32)
+    batch, length = target.shape
+    encoder = probe(program, "encoder", seed, batch=batch, source=length)
+    if "input_ids" in encoder:
+        encoder["input_ids"] = target
+    return {**encoder, "decoder_input_ids": target}
+
+
+def seq2seq_feeds(program: Program, batch: Inputs, device: str = "cpu") -> Inputs:
+    """Return the decoder's inputs for reading all its tokens at once after encoding.
+
+    Args:
+        program: an encoder-decoder; its encoder runs in float32.
+        batch: what ``seq2seq_batch`` gives.
+        device: where the encoder runs.
+    """
+    target = batch["decoder_input_ids"]
+    source = {name: batch[name] for name in program.signatures["encoder"].inputs}
+    crossed = program.run(source, "encoder", dtype=torch.float32, device=device)
     given: Inputs = {
+        **source,
         "decoder_input_ids": target,
         "decoder_attention_mask": torch.ones_like(target),
-        "attention_mask": encoder["attention_mask"],
-        **empty_cache(program, source.shape[0], "decoder"),
+        **empty_cache(program, target.shape[0], "decoder"),
         **{n: v for n, v in crossed.items() if n.startswith("cross_key_values.")},
     }
     return {name: given[name] for name in program.signatures["decoder"].inputs}

@@ -96,17 +96,17 @@ def _source(e: Emitter, node: Any) -> fx.Node:
 
     They are copies, slices of everything, and joins with the empty row that a new cache begins as.
     """
-    assert isinstance(node, fx.Node)
-    while node.target in (*_COPIES, aten.slice.Tensor, aten.cat.default):
-        parts: Any = node.args[0] if node.target is aten.cat.default else node.args[:1]
-        whole = [part for part in parts if rank_of(part) == rank_of(node)]
-        if len(whole) != 1:
+    found: fx.Node = node
+    while found.target in (*_COPIES, aten.slice.Tensor, aten.cat.default):
+        parts: Any = found.args[0] if found.target is aten.cat.default else found.args[:1]
+        whole = [part for part in parts if rank_of(part) == rank_of(found)]
+        if len(whole) != 1 or dtype_of(whole[0]) != dtype_of(found):
             break
-        sizes = [[e.sizes.text(size) for size in sizes_of(x)] for x in (whole[0], node)]
-        if sizes[0] != sizes[1]:
+        pairs = zip(sizes_of(whole[0]), sizes_of(found), strict=True)
+        if not all(e.same(before, after) for before, after in pairs):
             break
-        node = whole[0]
-    return node
+        found = whole[0]
+    return found
 
 
 _Join = tuple[fx.Node, fx.Node]

@@ -112,6 +112,9 @@ def _add_call(e: Emitter, node: fx.Node) -> None:
     if is_size(node):
         _add_size(e, node)
         return
+    if isinstance(node.meta["val"], torch.SymFloat):
+        _add_number(e, node)
+        return
     e.builder.scope = _scope(node)
     result = _folded(e, node)
     if result is None:
@@ -181,7 +184,23 @@ def _add_size(e: Emitter, node: fx.Node) -> None:
         e.sizes.remember(size, e.op(rule, *parts))
 
 
+def _add_number(e: Emitter, node: fx.Node) -> None:
+    """Translate a fraction that is made of sizes."""
+    rule = _NUMBER_RULES.get(node.target)
+    if rule is None:
+        raise _unknown(node)
+    parts = [e.tensor(arg, ir.DataType.FLOAT) for arg in node.args]  # type: ignore[arg-type]
+    e.values[node] = parts[0] if rule == "Identity" else e.op(rule, *parts)
+
+
 _SIZE_RULES: dict[Any, str] = {operator.add: "Add", operator.sub: "Sub", operator.mul: "Mul"}
+_NUMBER_RULES: dict[Any, str] = {
+    **_SIZE_RULES,
+    operator.truediv: "Div",
+    operator.pow: "Pow",
+    torch.sym_float: "Identity",
+    torch.sym_sqrt: "Sqrt",
+}
 
 
 def _unknown(node: fx.Node) -> LoweringError:

@@ -70,7 +70,7 @@ def genai_config(
     model = {
         "type": "decoder",  # the kind that takes any graph; named kinds expect their own inputs
         "bos_token_id": _token(both, "bos_token_id", 0),
-        "eos_token_id": end if isinstance(end, int | list) else 0,
+        **({"eos_token_id": end} if end is not None else {}),  # without one nothing ends a text
         "pad_token_id": _token(both, "pad_token_id", _token(both, "eos_token_id", 0)),
         "context_length": longest,
         "vocab_size": _number(config, "vocab_size"),

@@ -5,6 +5,7 @@ Nothing here needs torch.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,8 +106,10 @@ class OnnxSession(Session):
     def _zeros(self, spec: TensorSpec, shape: tuple[int, ...]) -> Any:
         kind = _ELEMENT_TYPES[spec.dtype]
         value = self._ort.OrtValue.ortvalue_from_shape_and_type(shape, kind, "cpu", 0)
-        if 0 not in shape:
-            value.update_inplace(np.zeros(shape, dtype=spec.dtype))
+        if (
+            0 not in shape
+        ):  # the values of a new tensor are not set; all bits 0 is 0.0 in each dtype
+            ctypes.memset(value.data_ptr(), 0, value.tensor_size_in_bytes())
         return value
 
 
@@ -209,8 +212,6 @@ def _check_place(path: Path, tensor: onnx.TensorProto, place: str) -> None:
 
 def _widen(value: Any) -> Array:
     """Return bfloat16 values as float32: numpy has no such type, their bits are the upper half."""
-    import ctypes
-
     shape = tuple(value.shape())
     count = int(np.prod(shape))
     halves = np.ctypeslib.as_array((ctypes.c_uint16 * count).from_address(value.data_ptr()))

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from ...ir import MAIN, Block, PassError, Program, Signature, find_blocks, fingerprint
 from ..context import PassContext
-from ..probes import Inputs, empty_cache, feeds, seq2seq_feeds
+from ..probes import Inputs, empty_cache, feeds, seq2seq_batch, seq2seq_feeds
 
 _BATCH_TOKENS = 2048
 
@@ -67,8 +67,8 @@ def block_influence(
     meter = _Meter(blocks)
     rows = max(1, _BATCH_TOKENS // windows.shape[1])
     with context.progress.task("scoring blocks", total=len(windows)) as advance:
-        for batch in windows.split(rows):
-            inputs = _inputs(program, name, batch)
+        for batch in torch.split(windows, rows):
+            inputs = _inputs(program, name, batch, context.device)
             part.run(
                 inputs,
                 name,
@@ -93,17 +93,18 @@ def _until_last_block(program: Program, name: str) -> tuple[Program, tuple[Block
     return part, find_blocks(graph)
 
 
-def _inputs(program: Program, graph: str, tokens: Tensor) -> Inputs:
+def _inputs(program: Program, graph: str, tokens: Tensor, device: str) -> Inputs:
     if graph == MAIN:
         cache = empty_cache(program, len(tokens)) if program.kind == "decoder" else {}
         return feeds(program, tokens, cache, 0)
+    batch = seq2seq_batch(program, tokens)
     if graph == "encoder":
-        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    return seq2seq_feeds(program, tokens, tokens)
+        return {name: batch[name] for name in program.signatures[graph].inputs}
+    return seq2seq_feeds(program, batch, device)
 
 
 class _Meter:
-    """Sums cosines while a graph runs, holding the residual values that are still to be compared."""
+    """Sums cosines while a graph runs, holding the values that are still to be compared."""
 
     def __init__(self, blocks: tuple[Block, ...]) -> None:
         self.sums = [0.0 if b.input and b.output else float("nan") for b in blocks]

@@ -82,10 +82,7 @@ def _mean_of_square(node: Any) -> fx.Node | None:
     if is_call(square, POW) and argument(square, 1, "exponent") == 2:
         found = argument(square, 0, "self")
         return found if isinstance(found, fx.Node) else None
-    for a, b in operands(square, MUL):
-        if a is b:
-            return a
-    return None
+    return next((a for a, b in operands(square, MUL) if b is a), None)
 
 
 def _last_kept(node: fx.Node) -> bool:

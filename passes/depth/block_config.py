@@ -1,8 +1,8 @@
 """The configuration of a model without some of its blocks.
 
-Configurations say what each block is in a few ways: a list with an entry per block, a list of block
-numbers, "the first k blocks", "every k-th block".  The edited one must say the same about the blocks
-that are left; where none can, that is an error and not a wrong config.json.
+Configurations say what each block is in a few ways: a list with an entry per block, a list of
+block numbers, "the first k blocks", "every k-th block".  The edited one must say the same about the
+blocks that are left; where none can, that is an error and not a wrong config.json.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ def without_blocks(config: Config, removed: Sequence[int], total: int, role: str
     if not config:
         return {}
     kept = [index for index in range(total) if index not in set(removed)]
-    for key, inner in config.items():
-        if isinstance(inner, dict) and not _counts(config, total, role):
-            if _counts(inner, total, role):
-                return {**config, key: without_blocks(inner, removed, total, role)}
+    parts = {} if _counts(config, total, role) else config
+    for key, part in parts.items():
+        if isinstance(part, dict) and _counts(part, total, role):
+            return {**config, key: without_blocks(part, removed, total, role)}
     spelled = _spelled_out(config)
     full = {**spelled, **config}
     if not _counts(full, total, role):
@@ -90,9 +90,16 @@ def _spelled_out(config: Config) -> Config:
     from transformers import AutoConfig
 
     rest = {key: value for key, value in config.items() if key != "model_type"}
+    refusals: tuple[type[Exception], ...] = (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        *_validation_errors(),
+    )
     try:
         found: Config = AutoConfig.for_model(config["model_type"], **rest).to_dict()
-    except (ValueError, TypeError, KeyError, AttributeError, *_validation_errors()):
+    except refusals:
         return {}
     return {key: value for key, value in found.items() if not key.startswith("_")}
 
@@ -108,9 +115,10 @@ def _validation_errors() -> tuple[type[Exception], ...]:
 def _refuse(config: Config, kept: list[int]) -> None:
     for key in _EVERY:
         period = config.get(key)
-        if isinstance(period, int) and period > 1:
-            if any((old - new) % period for new, old in enumerate(kept)):
-                _inexpressible(key, period)
+        if not isinstance(period, int) or period < 2:
+            continue
+        if any((old - new) % period for new, old in enumerate(kept)):
+            _inexpressible(key, period)
     for key in _BY_NUMBER:
         if config.get(key) and kept != list(range(len(kept))):
             _inexpressible(key, config[key])

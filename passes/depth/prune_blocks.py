@@ -139,7 +139,9 @@ class PruneBlocks(Pass):
     def _blocks(self, program: Program) -> tuple[Block, ...]:
         blocks = find_blocks(program.graphs[self._graph(program)])
         if not blocks:
-            raise PassError("prune-blocks: the graph has no repeated blocks")
+            raise PassError(
+                "prune-blocks: the graph has no repeated blocks", remedy="leave the pass out"
+            )
         return blocks
 
     def _role(self, program: Program) -> str:

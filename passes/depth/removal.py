@@ -13,9 +13,13 @@ from torch import fx
 from ...ir import Block, PassError, Program, Signature, block_of, find_blocks, leave_block
 
 _CACHE_INPUTS = ("past_key_values", "cross_key_values")
-# Outputs that go with the input of the same number; the encoder makes what the decoder crosses with.
-_PREFIXES = {"past_key_values": "past_key_values", "present": "past_key_values"}
-_PREFIXES["cross_key_values"] = "cross_key_values"
+# The kind of input that gives an input or output its number.  The cross keys and values that the
+# decoder reads are outputs of the encoder, under the same names.
+_KINDS = {
+    "past_key_values": "past_key_values",
+    "present": "past_key_values",
+    "cross_key_values": "cross_key_values",
+}
 _ENTRY = re.compile(r"(?P<prefix>\w+)\.(?P<number>\d+)\.(?P<part>.+)")
 
 
@@ -48,7 +52,7 @@ class Removal:
     def name(self, name: str) -> str | None:
         """Return what an input or output is called without the blocks; None where it goes."""
         entry = _ENTRY.fullmatch(name)
-        kind = _PREFIXES.get(entry["prefix"]) if entry else None
+        kind = _KINDS.get(entry["prefix"]) if entry else None
         if entry is None or kind is None:
             return name
         number, gone = int(entry["number"]), self.dropped[kind]
@@ -75,7 +79,7 @@ def _dropped(program: Program, graph: str, kind: str, keys: set[str]) -> frozens
 
 
 def _reading_blocks(source: fx.Node) -> set[str]:
-    """Return the keys of the blocks that read a tensor, straight or through calls outside blocks."""
+    """Return the keys of the blocks that read a tensor, also through calls outside blocks."""
     found: set[str] = set()
     seen, waiting = {source}, [source]
     while waiting:

@@ -179,9 +179,8 @@ def _check_finite(before: Program, after: Program, graph: str, inputs: Inputs) -
     overflows: list[str] = []
 
     def watch(node: fx.Node, value: object) -> None:
-        if isinstance(value, Tensor) and value.is_floating_point() and not overflows:
-            if node.op == "call_function" and bool(value.isinf().any()):
-                overflows.append(place_of(node))
+        if node.op == "call_function" and not overflows and _has_infinite(value):
+            overflows.append(place_of(node))
 
     found = after.run(given, graph, observe=watch)
     if all(bool(value.isfinite().all()) for value in found.values()):
@@ -194,3 +193,7 @@ def _check_finite(before: Program, after: Program, graph: str, inputs: Inputs) -
                 f"output {name} overflows {value.dtype}{place}",
                 remedy="convert to bfloat16, which has the range of float32",
             )
+
+
+def _has_infinite(value: object) -> bool:
+    return isinstance(value, Tensor) and bool(value.isinf().any())

@@ -69,7 +69,9 @@ class TieBlocks(Pass):
         """
         stacks = find_stacks(program)
         if not stacks:
-            raise PassError(f"{self.name}: the graph has no repeated blocks")
+            raise PassError(
+                f"{self.name}: the graph has no repeated blocks", remedy="leave the pass out"
+            )
         for stack in stacks:
             count = len(stack.blocks)
             if count % self.unique:

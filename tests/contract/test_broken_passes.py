@@ -140,7 +140,9 @@ def test_a_lossy_pass_keeps_what_every_pass_keeps(
 @pytest.mark.parametrize("name", ["swap_heads", "move_positions"])
 def test_nothing_else_is_asked_of_a_lossy_pass_without_claims(name: str) -> None:
     """Another function on purpose, as far as anybody can tell: measured, and not stopped."""
-    result = Pipeline([BrokenLossy(edit=name)], context=context())(program("gpt2" if name == "move_positions" else "llama"))
+    result = Pipeline([BrokenLossy(edit=name)], context=context())(
+        program("gpt2" if name == "move_positions" else "llama")
+    )
     assert result.steps[-1].measured.kl
 
 

@@ -43,6 +43,13 @@ def test_a_tied_weight_is_printed_under_one_name() -> None:
     assert not [line for line in lines if "@head.weight" in line]
 
 
+def test_a_weight_that_is_read_twice_has_one_line() -> None:
+    copy = program("norm-mlp").editable()
+    relu = next(node for node in copy.graph.nodes if node.name == "relu")
+    copy.weight_node(copy.graph, "up.bias", before=relu)
+    assert to_text(copy) == to_text(program("norm-mlp"))
+
+
 @pytest.mark.parametrize("name", ["norm-mlp", "tied-blocks", "llama"])
 def test_a_copy_prints_the_same(name: str) -> None:
     copy = program(name).editable()

@@ -53,7 +53,11 @@ EIGHT = list("abcdefgh")
             {"max_window_layers": 1},
         ),
         (
-            {"model_type": "gpt_neo", "num_layers": 4, "attention_types": [[["global", "local"], 2]]},
+            {
+                "model_type": "gpt_neo",
+                "num_layers": 4,
+                "attention_types": [[["global", "local"], 2]],
+            },
             [1],
             4,
             "decoder",
@@ -74,7 +78,12 @@ EIGHT = list("abcdefgh")
             {"num_layers": 3, "num_decoder_layers": 4},
         ),
         (
-            {"model_type": "bart", "encoder_layers": 4, "decoder_layers": 3, "num_hidden_layers": 4},
+            {
+                "model_type": "bart",
+                "encoder_layers": 4,
+                "decoder_layers": 3,
+                "num_hidden_layers": 4,
+            },
             [1],
             3,
             "decoder",
@@ -107,7 +116,7 @@ EIGHT = list("abcdefgh")
             [0],
             3,
             "vision",
-            {"num_hidden_layers": 2, "out_indices": [0, 2], "out_features": ["stem", "stage2"]},
+            {"num_hidden_layers": 2, "out_indices": [0, 2]},
         ),
         # every second block is of a kind, and those that are left keep theirs
         (

@@ -47,7 +47,9 @@ def assert_exact(before: Program, after: Program) -> None:
 def test_weights_are_the_products_rounded_once() -> None:
     before = program("norm-linears")
     after = FoldNorms()(before).program
-    state = {name: value.detach().double() for name, value in module("norm-linears").state_dict().items()}
+    state = {
+        name: value.detach().double() for name, value in module("norm-linears").state_dict().items()
+    }
     gain, shift = state["norm.weight"], state["norm.bias"]
     left, right = linears(after)
     for linear, name in ((left, "left"), (right, "right")):

@@ -1,4 +1,4 @@
-"""Removing blocks is deleting them from the model, to the bit, caches and configuration included."""
+"""Removing blocks is deleting them from the model: bits, caches and configuration."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from modelathe.ir import PassError, Program, find_blocks, fingerprint, to_text
+from modelathe.ir import PassError, Program, capture, find_blocks, fingerprint, to_text
 from modelathe.passes import Pipeline, PruneBlocks, QuantizeWeights
 from modelathe.passes.depth.removal import Removal
 from support.feeds import decoder_outputs, feed, plain_outputs
@@ -225,13 +225,39 @@ def test_blocks_of_different_widths_are_refused() -> None:
                 x = stage(x)
             return x + 1
 
-    from modelathe.ir import capture
-
     found = capture(Stages().eval(), (torch.ones(2, 4),))
     for index in (0, 2):
         with pytest.raises(PassError, match=r"writes \[2, .*input and output cannot be joined"):
             pruned(found, index)
     assert pruned(found, 1).run(feed(found))["output"].shape == (2, 12)
+
+
+def test_a_size_that_a_removed_block_works_out_for_others_stays() -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            flat = x.reshape(x.shape[0] * x.shape[1], 4)
+            return x + self.up(flat).reshape(x.shape)
+
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([Flat(), Flat(), Flat()])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            return x + 1
+
+    dynamic = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},)
+    found = capture(Stack().eval(), (torch.ones(2, 3, 4),), dynamic)
+    assert "= mul(" in to_text(found).partition("aten.linear")[0]
+    left = pruned(found, 0)
+    assert [block.key for block in find_blocks(left.graph)] == ["layers.1", "layers.2"]
+    assert left.run(feed(left))["output"].shape == feed(left)["x"].shape
 
 
 def tampered(change: Any) -> tuple[Program, Program]:

@@ -1,0 +1,301 @@
+"""What is measured, what is judged, and which node is blamed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from modelathe.ir import (
+    DataError,
+    FidelityError,
+    Linear,
+    Program,
+    insert_call,
+)
+from modelathe.passes import Budget, Measured
+from modelathe.passes.blame import first_wrong_node, place_of
+from modelathe.passes.consistency import judge_consistency, judge_finite
+from modelathe.passes.fidelity import (
+    EXACT,
+    Reference,
+    forward,
+    judge_bitwise,
+    judge_rounding,
+    relative_error,
+    same_bits,
+    tolerance,
+)
+from modelathe.passes.probes import probe, probes
+from support.edits import EDITS
+from support.models import MODELS, WINDOW, canonical, context, program
+
+NAN, INF = float("nan"), float("inf")
+aten = torch.ops.aten
+
+
+def scaled(name: str, factor: float, which: int = 0) -> Program:
+    """A copy in which the weight of one linear is multiplied by a factor."""
+    copy = canonical(name).editable()
+    view = [view for node in copy.graph.nodes if (view := Linear.match(node))][which]
+    value = copy.weight(view.weight).load() * factor
+    added = copy.add_weight("scaled", value)
+    view.set_weights(copy.weight_node(copy.graph, added, before=view.node), view.bias)
+    copy.clean()
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("expected", "found", "error"),
+    [
+        ([1.0, -4.0], [1.0, -4.0], 0.0),
+        ([1.0, -4.0], [1.5, -4.0], 0.125),
+        ([0.0, 0.0], [0.0, 0.5], 0.5),
+        ([NAN, 1.0], [NAN, 1.0], 0.0),
+        ([NAN, 1.0], [1.0, 1.0], INF),
+        ([1.0, 1.0], [NAN, 1.0], INF),
+        ([INF, 1.0], [INF, 1.0], 0.0),
+        ([INF, 1.0], [-INF, 1.0], INF),
+        ([1.0], [1.0, 1.0], INF),
+        ([], [], 0.0),
+    ],
+)
+def test_errors_are_relative_to_the_largest_value(
+    expected: list[float], found: list[float], error: float
+) -> None:
+    assert relative_error(torch.tensor(expected), torch.tensor(found)) == error
+
+
+def test_whole_numbers_are_equal_or_not() -> None:
+    assert relative_error(torch.tensor([1, 2]), torch.tensor([1, 2])) == 0
+    assert relative_error(torch.tensor([1, 2]), torch.tensor([1, 3])) == INF
+
+
+def test_the_same_bits_have_one_dtype() -> None:
+    assert same_bits(torch.tensor([NAN, 1.0]), torch.tensor([NAN, 1.0]))
+    assert not same_bits(torch.tensor([1.0]), torch.tensor([1.0]).double())
+    assert not same_bits(torch.tensor([1.0]), torch.tensor([NAN]))
+
+
+def test_a_value_that_was_rounded_by_the_pass_is_allowed_a_few_units() -> None:
+    before, copy = canonical("norm-mlp"), canonical("norm-mlp").editable()
+    assert tolerance(before, copy) == EXACT
+    copy.add_weight("more", torch.ones(3).bfloat16())
+    assert tolerance(before, copy) == 16 * 2**-7
+    copy.weights.keep_only(set(before.weights))
+    copy.add_weight("whole", torch.ones(3, dtype=torch.int64))
+    assert tolerance(before, copy) == EXACT
+
+
+def test_equal_programs_are_equal() -> None:
+    for name in ("llama", "t5", "bert", "hand-written"):
+        assert judge_bitwise(canonical(name), canonical(name).editable(), "x").error == 0
+    assert judge_rounding(program("llama"), canonical("llama"), "x").error <= EXACT
+
+
+@pytest.mark.parametrize("judge", [judge_bitwise, judge_rounding])
+@pytest.mark.parametrize("factor", [1.0001, 0.0, NAN])
+def test_a_moved_output_names_itself_and_the_node(
+    judge: Callable[[Program, Program, str], Measured], factor: float
+) -> None:
+    message = r"here: output output is .*, first wrong at %linear_1 \(aten.linear of down\)"
+    with pytest.raises(FidelityError, match=message) as caught:
+        judge(canonical("norm-mlp"), scaled("norm-mlp", factor, 1), "here")
+    assert caught.value.remedy
+
+
+def test_an_output_that_is_gone_is_moved() -> None:
+    copy = canonical("norm-mlp").editable()
+    copy.signatures["main"] = copy.signature.renamed({"output": "result"})
+    for judge in (judge_bitwise, judge_rounding):
+        with pytest.raises(FidelityError, match="output output is"):
+            judge(canonical("norm-mlp"), copy, "here")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_probes_fit_the_signature(name: str) -> None:
+    found = canonical(name)
+    graphs = set()
+    for graph, inputs in probes(found):
+        graphs.add(graph)
+        assert set(inputs) == set(found.signatures[graph].inputs)
+        found.run(inputs, graph)
+    assert graphs == set(found.graphs)
+
+
+def test_probes_have_a_cache_and_padding() -> None:
+    given = [inputs for _, inputs in probes(canonical("llama"))]
+    assert [g["past_key_values.0.key"].shape[2] for g in given] == [0, 7, 3]
+    assert [int((g["attention_mask"] == 0).sum()) for g in given] == [0, 0, 2]
+    assert given[2]["position_ids"][0].tolist() == [1, 2, 3, 4, 5, 6]
+    assert given[2]["position_ids"][1].tolist() == [3, 4, 5, 6, 7, 8]
+    assert given[0]["input_ids"].shape[1] > WINDOW
+
+
+def test_whatever_indexes_a_table_is_random_and_in_range() -> None:
+    inputs = probe(canonical("bert"), "main", batch=4, sequence=9)
+    assert set(inputs["token_type_ids"].flatten().tolist()) == {0, 1}
+    ids = probe(canonical("tied-head"), "main", batch=9, sequence=9)["ids"]
+    assert 0 <= int(ids.min()) < int(ids.max()) < 16
+    assert torch.equal(ids, probe(canonical("tied-head"), "main", batch=9, sequence=9)["ids"])
+
+
+def test_blame_passes_over_what_readers_make_up_for() -> None:
+    """Two edits that cancel, and one that does not: the third is named."""
+    before, copy = canonical("norm-mlp"), canonical("norm-mlp").editable()
+    up, down = [view for node in copy.graph.nodes if (view := Linear.match(node))]
+    for view, factor, name in ((up, 2.0, "twice"), (down, 0.5, "half")):
+        for part in (view.weight, view.bias) if view is up else (view.weight,):
+            assert part is not None
+            value = copy.weight(part).load() * factor
+            node = copy.weight_node(copy.graph, copy.add_weight(name, value), before=view.node)
+            view.node.replace_input_with(part, node)
+    inputs = probe(before, "main", d0=3)
+    assert first_wrong_node(before, copy, "main", inputs, torch.float64, EXACT) == ""
+    judge_rounding(before, copy, "here")
+    result = insert_call(
+        copy.graph, aten.mul.Tensor, (down.node, 3), before=copy.graph.output_node(), like=down.node
+    )
+    copy.graph.output_node().args = ((result,),)
+    found = first_wrong_node(before, copy, "main", inputs, torch.float64, EXACT)
+    assert found == place_of(result)
+
+
+def test_blame_sees_through_new_names() -> None:
+    """After canonicalize most calls read nodes of other names; the wrong one is still found."""
+    copy = canonical("llama").editable()
+    node = [n for n in copy.graph.nodes if n.target is aten.rms_norm.default][2]
+    node.args = (*node.args[:3], 1e-2)
+    inputs = probe(program("llama"), "main", batch=2, sequence=5, past=0)
+    found = first_wrong_node(program("llama"), copy, "main", inputs, torch.float64, EXACT)
+    assert found == f"%{node.name} (aten.rms_norm of model.layers.1.input_layernorm)"
+
+
+def test_where_nothing_is_wrong_nobody_is_blamed() -> None:
+    before = canonical("norm-mlp")
+    inputs = probe(before, "main", d0=3)
+    assert first_wrong_node(before, before.editable(), "main", inputs, None, 0.0) == ""
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "bert", "vit", "t5", "norm-mlp"])
+def test_a_right_program_is_consistent(name: str) -> None:
+    judge_consistency(program(name), canonical(name), "here")
+
+
+def test_what_a_model_never_did_is_not_asked_of_it() -> None:
+    """A model that ignores its mask sees padding before and after a pass."""
+    blind = canonical("bert").editable()
+    EDITS["ignore_the_mask"](blind, blind.graph)
+    blind.clean()
+    judge_consistency(blind, blind.editable(), "here")
+    with pytest.raises(FidelityError, match="here: padding changes"):
+        judge_consistency(canonical("bert"), blind, "here")
+
+
+def test_nan_after_a_lossy_pass_is_an_error_and_names_the_node() -> None:
+    before, after = canonical("norm-mlp"), scaled("norm-mlp", NAN)
+    reference = Reference(before, context())
+    measured = reference.measure(after)
+    with pytest.raises(FidelityError, match=r"here: .* nan or inf, first at %linear \(aten"):
+        judge_finite(measured, before, after, "here")
+    judge_finite(measured, after, after, "here")
+    judge_finite(reference.measure(before), before, before, "here")
+
+
+def test_a_program_is_no_way_from_itself() -> None:
+    measured = Reference(canonical("llama"), context()).measure(canonical("llama"))
+    assert (measured.kl, measured.top1_agreement) == (0.0, 1.0)
+    assert measured.perplexity == measured.reference_perplexity
+    assert measured.tokens == 2 * 11
+    encoder = Reference(canonical("bert"), context()).measure(canonical("bert"))
+    assert encoder.cosine == pytest.approx(1.0, abs=1e-12)
+    assert encoder.known().keys() == {"cosine", "cosine_min"}
+
+
+@pytest.mark.parametrize("name", ["vit", "norm-mlp", "t5", "albert"])
+def test_every_kind_of_model_can_be_measured(name: str) -> None:
+    measured = Reference(canonical(name), context()).measure(canonical(name))
+    assert measured.kl == 0 or measured.cosine == pytest.approx(1.0, abs=1e-12)
+
+
+def test_figures_are_those_of_the_outputs() -> None:
+    before, after = canonical("llama"), scaled("llama", 1.5)
+    rows = context().check_tokens_of(before)
+    assert rows is not None
+    expected, found = (forward(each, {"input_ids": rows.tokens}) for each in (before, after))
+    assert expected.shape == (2, 12, 48)
+    p, q = (t[:, :-1].double().log_softmax(-1) for t in (expected, found))
+    measured = Reference(before, context()).measure(after)
+    assert measured.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()))
+    nats = -q.gather(-1, rows.tokens[:, 1:, None]).mean()
+    assert measured.perplexity == pytest.approx(math.exp(nats))
+    assert measured.top1_agreement == float((p.argmax(-1) == q.argmax(-1)).double().mean())
+
+
+def test_the_reference_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[Program] = []
+    real = Program.run
+
+    def run(self: Program, *args: object, **kwargs: object) -> dict[str, Tensor]:
+        runs.append(self)
+        return real(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Program, "run", run)
+    before, after = canonical("llama"), canonical("llama").editable()
+    reference = Reference(before, context())
+    reference.measure(after)
+    reference.measure(after)
+    assert [each is before for each in runs].count(True) == 1
+
+
+TOKENS = Measured(kl=0.2, top1_agreement=0.9, perplexity=11.0, reference_perplexity=10.0)
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        (Budget(max_kl=0.1), "here: KL 0.2 nats, at most 0.1 allowed"),
+        (Budget(max_perplexity_increase=0.05), "perplexity rose by 10.00%, at most 5.00% allowed"),
+        (Budget(min_agreement=0.95), "agreement 0.9000, at least 0.95 asked for"),
+    ],
+)
+def test_a_broken_limit_is_an_error(budget: Budget, message: str) -> None:
+    with pytest.raises(FidelityError, match=message) as caught:
+        budget.judge(TOKENS, "here")
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [Budget(), Budget(max_kl=0.2), Budget(max_perplexity_increase=0.11), Budget(min_agreement=0.9)],
+)
+def test_a_limit_that_holds_is_silent(budget: Budget) -> None:
+    budget.judge(TOKENS, "here")
+
+
+@pytest.mark.parametrize("budget", [Budget(max_kl=9.0), Budget(min_agreement=0.0)])
+def test_nan_breaks_every_limit(budget: Budget) -> None:
+    with pytest.raises(FidelityError):
+        budget.judge(replace(TOKENS, kl=NAN, top1_agreement=NAN), "here")
+
+
+def test_agreement_means_cosine_where_there_are_no_logits() -> None:
+    cosine = Measured(cosine=0.98, cosine_min=0.9)
+    Budget(min_agreement=0.97).judge(cosine, "here")
+    with pytest.raises(FidelityError):
+        Budget(min_agreement=0.99).judge(cosine, "here")
+    with pytest.raises(DataError, match="max-kl: this kind of model has no such figure"):
+        Budget(max_kl=1.0).judge(cosine, "here")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"max_kl": -1.0}, {"max_perplexity_increase": -0.1}, {"min_agreement": 1.5}, {"max_kl": NAN}],
+)
+def test_an_impossible_limit_is_refused(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"at least 0|a share from 0 to 1"):
+        Budget(**options)
