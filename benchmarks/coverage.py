@@ -88,7 +88,7 @@ def inputs_of(program: Program) -> Iterator[tuple[str, dict[str, torch.Tensor]]]
     """Yield inputs of each graph at several (batch, sequence, past)."""
     for graph, signature in program.signatures.items():
         cached = any("past" in str(dim) for dims in signature.dims.values() for dim in dims)
-        shapes = [(3, 4, 7), (1, 1, 4), (2, 6, 0), (1, 1, 0), (1, 7, 0)]
+        shapes = [(3, 4, 7), (1, 1, 4), (2, 6, 0), (1, 1, 0), (1, 7, 0), (1, 21, 0)]
         for number, (batch, sequence, past) in enumerate(shapes):
             if past and not cached:
                 continue

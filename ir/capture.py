@@ -19,13 +19,22 @@ from torch.export import Dim
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from .blocks import stamp
-from .checkpoint import build, fake_parameters, map_weights, read_config, stored_tensors, tied_names
+from .checkpoint import (
+    build,
+    fake_parameters,
+    fetch,
+    map_weights,
+    read_config,
+    stored_tensors,
+    tied_names,
+    tied_tensors,
+)
 from .errors import CaptureError, ModelatheError
 from .infer import Sizes, infer_graph
 from .program import MAIN, Origin, Program, Signature
 from .storage import is_program_folder, load_program
 from .weights import ComputedWeight, TensorWeight, Weight, Weights
-from .wrappers import Wrapped, model_kind, wrap
+from .wrappers import EXAMPLE_LENGTH, Wrapped, model_kind, wrap
 
 DEMO = "demo"
 
@@ -71,7 +80,8 @@ def capture(
         raise CaptureError(
             f"{text}: is a file, not a model folder", remedy="pass the folder that it lies in"
         )
-    return _capture_hub(text, revision, allow_pickle)
+    folder = fetch(text, revision, allow_pickle)
+    return replace_origin(_capture_folder(folder, allow_pickle), model=text)
 
 
 def replace_origin(program: Program, **changes: Any) -> Program:
@@ -139,24 +149,6 @@ def _source_identity(stored: Mapping[str, Weight]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _capture_hub(text: str, revision: str | None, allow_pickle: bool) -> Program:
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith("."):
-        raise CaptureError(f"{text}: no such folder", remedy="check the path")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
-    patterns += ["*.bin"] if allow_pickle else []
-    try:
-        folder = snapshot_download(text, revision=revision, allow_patterns=patterns)
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        raise CaptureError(
-            f"{text}: is no folder here, and no model that could be fetched from the hub",
-            remedy="check the path; a hub id needs a network, or a copy in the local cache",
-        ) from error
-    return replace_origin(_capture_folder(Path(folder), allow_pickle), model=text)
-
-
 def _capture_pt2(path: Path, allow_pickle: bool) -> Program:
     if not path.is_file():
         raise CaptureError(f"{path}: no such file", remedy="check the path")
@@ -210,7 +202,8 @@ def _capture_wrapped(
         kind = model_kind(model)
         parts = {graph: (wrapped, _export(wrapped, name)) for graph, wrapped in wrap(model).items()}
     origin = Origin(name, kind)
-    sizes = Sizes()
+    lengths = {wrapped.length for wrapped, _ in parts.values()} - {EXAMPLE_LENGTH}
+    sizes = Sizes({"sequence": max(lengths)} if lengths else None)
     program = Program({}, {}, Weights(), dict(config), origin)
     tied = tied_names(model)
     for graph, (wrapped, exported) in parts.items():
@@ -273,8 +266,10 @@ def _capture_plain(
     example_inputs: tuple[Tensor, ...] | Mapping[str, Tensor],
     dynamic_shapes: Any,
 ) -> Program:
-    named = dict(example_inputs) if isinstance(example_inputs, Mapping) else None
-    args = tuple(example_inputs) if named is None else ()
+    # A tensor that is given twice would be traced as one input.
+    copies: Any = torch.utils._pytree.tree_map_only(Tensor, torch.clone, example_inputs)
+    named = dict(copies) if isinstance(copies, Mapping) else None
+    args = tuple(copies) if named is None else ()
     exported = _exported(model, args, dynamic_shapes, name, named)
     return _from_exported(exported, name, model)
 
@@ -292,20 +287,10 @@ def _from_exported(
     )
     program = Program({}, {}, Weights(), {}, Origin(name, "module"))
     signature = Signature(tuple(dims), outputs, dims)
-    tied = _tied_tensors(exported.state_dict) if model is None else tied_names(model)
+    tied = tied_tensors(exported.state_dict) if model is None else tied_names(model)
     _add_graph(program, MAIN, exported, signature, dtypes, Sizes(), {}, tied)
     _note_aliases(program, tied)
     return program
-
-
-def _tied_tensors(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return, for every name of a tensor, the first name of the same numbers in memory."""
-    first: dict[Any, str] = {}
-    return {
-        name: first.setdefault((t.data_ptr(), t.dtype, t.shape, t.stride()), name)
-        for name, t in state.items()
-        if t.numel()
-    }
 
 
 def _note_aliases(program: Program, tied: Mapping[str, str]) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,28 @@ def read_config(folder: Path) -> dict[str, Any]:
             remedy="build the model in your own module and pass package.module:factory",
         )
     return config
+
+
+def fetch(text: str, revision: str | None, allow_pickle: bool) -> Path:
+    """Return the folder of a model of the hub, fetched or from the local cache.
+
+    Raises:
+        CaptureError: there is no such model, or no way to it.
+    """
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith("."):
+        raise CaptureError(f"{text}: no such folder", remedy="check the path")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
+    patterns += ["*.bin"] if allow_pickle else []
+    try:
+        return Path(snapshot_download(text, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise CaptureError(
+            f"{text}: is no folder here, and no model that could be fetched from the hub",
+            remedy="check the path; a hub id needs a network, or a copy in the local cache",
+        ) from error
 
 
 def build(folder: Path, config: dict[str, Any]) -> Any:
@@ -191,6 +214,16 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     return {
         name: first.setdefault(id(parameter), name)
         for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+
+
+def tied_tensors(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return, for every name of a tensor, the first name of the same numbers in memory."""
+    first: dict[Any, str] = {}
+    return {
+        name: first.setdefault((t.data_ptr(), t.dtype, t.shape, t.stride()), name)
+        for name, t in state.items()
+        if t.numel()
     }
 
 

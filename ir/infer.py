@@ -15,9 +15,9 @@ from .errors import VerifyError
 from .program import Signature
 from .weights import Weight, Weights
 
-# Hints of the named sizes: different primes, so that no two sizes look equal by accident, and large
-# ones, so that no quotient of a size (chunks of a text) is 1, which would be taken for a constant.
-_HINTS = (1009, 2003, 3001, 4001, 5003, 6007, 7001, 8009, 9001, 10007, 11003)
+# Hints of the named sizes: different primes, so that no two sizes look equal by accident; small
+# ones, so that they are within a model's positions.
+_HINTS = (3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
 
 
 def fake_mode(graph: fx.Graph) -> FakeTensorMode:
@@ -36,9 +36,15 @@ def fake_weight(mode: FakeTensorMode, weight: Weight) -> torch.Tensor:
 
 
 class Sizes:
-    """Named symbolic sizes under one shape environment."""
+    """Named symbolic sizes under one shape environment.
 
-    def __init__(self) -> None:
+    Args:
+        hints: values to have in mind for sizes by name, where any small number would not do: a
+            sequence that is cut into chunks must have more than one.
+    """
+
+    def __init__(self, hints: Mapping[str, int] | None = None) -> None:
+        self.hints = dict(hints or {})
         self.env = ShapeEnv()
         self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
         self._sizes: dict[str, torch.SymInt] = {}
@@ -48,7 +54,7 @@ class Sizes:
         if name not in self._sizes:
             from torch._dynamo.source import ConstantSource
 
-            hint = _HINTS[len(self._sizes) % len(_HINTS)]
+            hint = self.hints.get(name, _HINTS[len(self._sizes) % len(_HINTS)])
             source = ConstantSource(f"size_{name}")
             symbol = self.env.create_symbol(
                 hint, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None
@@ -75,6 +81,16 @@ class Sizes:
         """Return a tensor without data of those sizes."""
         with self.mode:
             return torch.empty(tuple(self.size(dim) for dim in dims), dtype=dtype)
+
+
+def size_hints(graph: fx.Graph, signature: Signature) -> dict[str, int]:
+    """Return the values that the named sizes of a graph's inputs were given as hints."""
+    hints: dict[str, int] = {}
+    for node, name in zip(graph.find_nodes(op="placeholder"), signature.inputs, strict=True):
+        for size, text in zip(node.meta["val"].shape, signature.dims[name], strict=True):
+            if isinstance(text, str) and text.isidentifier() and isinstance(size, torch.SymInt):
+                hints[text] = int(size.node.hint)
+    return hints
 
 
 def infer_graph(

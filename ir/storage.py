@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from .errors import StorageError
-from .infer import Sizes, infer_graph
+from .infer import Sizes, infer_graph, size_hints
 from .program import Origin, Program, Signature
 from .weights import ALIGNMENT, FileWeight, SafetensorsFile, Weight, Weights, bytes_of, is_finite
 
@@ -136,8 +136,9 @@ def _decode_program(folder: Path, description: dict[str, Any]) -> Program:
     weights = Weights(table, description["aliases"])
     origin = _decode_origin(description["origin"])
     program = Program({}, {}, weights, description["config"], origin)
-    sizes = Sizes()
-    for name, content in description["graphs"].items():
+    contents = description["graphs"]
+    sizes = Sizes({k: v for content in contents.values() for k, v in content["hints"].items()})
+    for name, content in contents.items():
         dims = {n: tuple(d) for n, d in content["dims"].items()}
         signature = Signature(tuple(content["inputs"]), tuple(content["outputs"]), dims)
         graph = _decode_graph(content["nodes"])
@@ -188,6 +189,7 @@ def _encode_graph(program: Program, name: str) -> dict[str, Any]:
         "inputs": signature.inputs,
         "outputs": signature.outputs,
         "dims": signature.dims,
+        "hints": size_hints(graph, signature),
         "dtypes": dtypes,
         "nodes": [_encode_node(node) for node in graph.nodes],
     }

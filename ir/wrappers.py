@@ -24,6 +24,9 @@ Dims = tuple[int | str, ...]
 _EXAMPLE = {"batch": 2, "sequence": 3, "past": 5, "source": 6, "target": 4}
 
 
+EXAMPLE_LENGTH = 3
+
+
 @dataclass(frozen=True, slots=True)
 class Wrapped:
     """A module to trace.
@@ -33,29 +36,34 @@ class Wrapped:
         inputs: name to sizes, in order; a symbolic size is a name or a sum of names.
         dtypes: of the inputs that are not ``int64``.
         outputs: names, in order.
+        length: example length of a sequence; more than one chunk where a model works in chunks,
+            or their number would look like a constant.
     """
 
     module: nn.Module
     inputs: dict[str, Dims]
     dtypes: dict[str, torch.dtype]
     outputs: tuple[str, ...]
+    length: int = EXAMPLE_LENGTH
 
     def example(self) -> list[Tensor]:
         """Return zeros of the example sizes (ones for masks)."""
-        return [_example(name, dims, self.dtypes) for name, dims in self.inputs.items()]
+        sizes = {**_EXAMPLE, "sequence": self.length}
+        return [_example(name, dims, self.dtypes, sizes) for name, dims in self.inputs.items()]
 
 
-def _example(name: str, dims: Dims, dtypes: dict[str, torch.dtype]) -> Tensor:
-    sizes = tuple(example_size(dim) for dim in dims)
+def _example(
+    name: str,
+    dims: Dims,
+    dtypes: dict[str, torch.dtype],
+    sizes: dict[str, int] = _EXAMPLE,
+) -> Tensor:
+    shape = tuple(
+        dim if isinstance(dim, int) else sum(sizes[part.strip()] for part in dim.split("+"))
+        for dim in dims
+    )
     make = torch.ones if name.endswith("mask") else torch.zeros
-    return make(sizes, dtype=dtypes.get(name, torch.int64))
-
-
-def example_size(dim: int | str) -> int:
-    """Return the example value of a size."""
-    if isinstance(dim, int):
-        return dim
-    return sum(_EXAMPLE.get(part.strip(), 9) for part in dim.split("+"))
+    return make(shape, dtype=dtypes.get(name, torch.int64))
 
 
 def model_kind(model: Any) -> Kind:
@@ -176,7 +184,9 @@ def _decoder(model: Any) -> Wrapped:
         dims["attention_mask"] = ("batch", "sequence")
         extra = {"use_cache": False} if _accepts(model.forward, "use_cache") else {}
         module = _WithoutCache(model, list(dims), ("logits",), **extra)
-        return Wrapped(module, dims, {}, ("logits",))
+        chunk = getattr(model.config, "chunk_size", None)
+        length = 2 * chunk + 3 if isinstance(chunk, int) else EXAMPLE_LENGTH
+        return Wrapped(module, dims, {}, ("logits",), length)
     names = list(dims)
     cache = _cache_dims(layers, "past_key_values", "past")
     dtype = layers[0].keys.dtype

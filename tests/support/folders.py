@@ -16,7 +16,7 @@ _TINY = {
     "vocab_size": 16,
     "hidden_size": 16,
     "intermediate_size": 16,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "max_position_embeddings": 16,
     "pad_token_id": 0,

@@ -28,13 +28,12 @@ aten = torch.ops.aten
 
 def views(found: Program) -> list[str]:
     """Return the kind of view of each call that has one."""
-    matched = [
+    return [
         kind.__name__
         for node in found.graph.nodes
         for kind in VIEWS
         if kind.match(node) is not None
     ]
-    return matched
 
 
 def test_each_call_has_one_view_at_most() -> None:

@@ -171,6 +171,17 @@ def test_a_module_of_several_outputs_and_named_inputs() -> None:
     assert torch.equal(out["output_1"], torch.full((2, 3), 4.0))
 
 
+def test_a_tensor_that_is_given_twice_is_two_inputs() -> None:
+    class Difference(nn.Module):
+        def forward(self, left: Tensor, right: Tensor) -> Tensor:
+            return left - right
+
+    same = torch.ones(2)
+    found = capture(Difference().eval(), (same, same))
+    out = found.run({"left": torch.ones(2) * 3, "right": torch.ones(2)})
+    assert torch.equal(out["output"], torch.full((2,), 2.0))
+
+
 def test_a_graph_that_writes_in_place_becomes_functional() -> None:
     class Writes(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -281,7 +281,7 @@ def other_scale(after: Program) -> None:
     ("change", "message"),
     [
         (another_weight, "is not a conversion"),
-        (two_swapped, "first wrong at %layer_norm"),
+        (two_swapped, "with the old weights in float64, first wrong at"),
         (other_scale, "first wrong at %scaled_dot_product_attention"),
     ],
 )
