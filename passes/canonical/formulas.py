@@ -14,6 +14,7 @@ from .match import (
     MUL,
     POW,
     aten,
+    close,
     constant_operand,
     is_call,
     operands,
@@ -178,7 +179,7 @@ def _gelu(node: fx.Node) -> tuple[fx.Node, str] | None:
 def _erf_argument(node: fx.Node, source: fx.Node) -> bool:
     inner = argument(node, 0, "self")
     if is_call(inner, aten.div.Tensor) and isinstance(inner.args[1], float):
-        return inner.args[0] is source and abs(inner.args[1] - math.sqrt(2)) < 1e-6
+        return inner.args[0] is source and close(inner.args[1], math.sqrt(2))
     return constant_operand(inner, MUL, 1 / math.sqrt(2)) is source
 
 

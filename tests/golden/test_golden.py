@@ -30,8 +30,8 @@ def render(model: str, pipeline: str) -> str:
     before = program(model)
     result = Pipeline.parse(pipeline, context=context(), check=False)(before)
     remarks = [str(remark) for step in result.steps for remark in step.remarks]
-    texts = [to_text(each).splitlines() for each in (before, result.program)]
-    diff = list(difflib.unified_diff(*texts, lineterm="", n=0))[2:]
+    old, new = (to_text(each).splitlines() for each in (before, result.program))
+    diff = list(difflib.unified_diff(old, new, lineterm="", n=0))[2:]
     body = [line for line in diff if not line.startswith("@@")]
     return "\n".join([f"model: {model}", f"pipeline: {pipeline}", *remarks, *body, ""])
 

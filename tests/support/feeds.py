@@ -66,7 +66,7 @@ def decoder_outputs(model: Any, inputs: Inputs) -> Inputs:
     from transformers.cache_utils import DynamicCache
 
     past = [value for name, value in inputs.items() if name.startswith("past_key_values")]
-    cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
+    cache: Any = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
     plain = {name: value for name, value in inputs.items() if not name.startswith("past")}
     out = model(**plain, past_key_values=cache, use_cache=True)
     made = {"logits": out.logits}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -42,14 +42,3 @@ def worst_error(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
     """Return the largest relative error of named tensors."""
     assert list(actual) == list(expected)
     return max(relative_error(value, actual[name]) for name, value in expected.items())
-
-
-def assert_nearest(values: Tensor, restored: Tensor, steps: Tensor) -> None:
-    """Check that rounding to a grid moved nothing by more than half of its step."""
-    slack = 4 * torch.finfo(values.dtype).eps * values.abs().max()
-    assert bool(((restored - values).abs() <= 0.5 * steps.abs() + slack).all())
-
-
-def names_of(items: Iterable[object]) -> list[str]:
-    """Return what things are called, in order."""
-    return [str(getattr(item, "name", item)) for item in items]

@@ -89,7 +89,12 @@ def test_what_is_not_finite_is_found_at_the_first_read(
 def test_finiteness_is_asked_once(file: SafetensorsFile, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Tensor] = []
     real = weights_module.is_finite
-    monkeypatch.setattr(weights_module, "is_finite", lambda t: asked.append(t) or real(t))
+
+    def ask(tensor: Tensor) -> bool:
+        asked.append(tensor)
+        return real(tensor)
+
+    monkeypatch.setattr(weights_module, "is_finite", ask)
     weight = file.weights()["a"]
     weight.load()
     weight.load(torch.float64)
