@@ -56,9 +56,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("work")
     capture = functools.cache(ir.capture)
 
-    def captured(model: str, **options: Any) -> ir.Program:
-        shared = Path(model).is_relative_to(folder)
-        return (capture if shared else capture.__wrapped__)(model, **options)
+    def captured(model: Any, *inputs: Any, **options: Any) -> ir.Program:
+        # In force until the session ends, so tests of other folders must not notice it.
+        shared = isinstance(model, str | Path) and Path(model).is_relative_to(folder)
+        return (capture if shared else capture.__wrapped__)(model, *inputs, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ir, "capture", captured)
