@@ -13,7 +13,7 @@ from ..ir import DataError, LoweringError, Program
 from ..passes import PassContext
 from ..passes.context import maximum_length
 from ..passes.fidelity import Measured, Reference, relative_error
-from ..passes.probes import Inputs, empty_cache, feeds, probe
+from ..passes.probes import Inputs, empty_cache, feeds, next_cache, probe
 from ..passes.progress import Progress
 from .session import Array, Session
 
@@ -151,11 +151,7 @@ def _check_decoding(program: Program, session: Session, limit: float) -> int:
         reference = expected["logits"][0, -1]
         found = torch.from_numpy(logits[0, -1].copy())
         _check_choice(reference, found, limit, step)
-        past = {
-            name.replace("present.", "past_key_values."): value
-            for name, value in expected.items()
-            if name.startswith("present.")
-        }
+        past = next_cache(expected)
         following = reference.argmax().view(1, 1)
         seen = torch.cat([seen, following], dim=1)
         tokens = following if past else seen

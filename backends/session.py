@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -14,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..ir.config import max_length
+from ..ir.dims import evaluate
 from ..ir.errors import DataError, StorageError
 from .manifest import check_files, read_manifest
 
@@ -22,7 +23,6 @@ Tokens = NDArray[np.int64]
 
 _TOKEN_INPUTS = ("input_ids", "decoder_input_ids")
 _MASK_INPUTS = ("attention_mask", "decoder_attention_mask")
-_LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class TensorSpec:
 
     def sizes(self, known: Mapping[str, int]) -> tuple[int, ...]:
         """Return the sizes with names replaced; a name that is not known is 0."""
-        return tuple(d if isinstance(d, int) else _size(d, known) for d in self.shape)
+        return tuple(evaluate(dim, lambda name: known.get(name, 0)) for dim in self.shape)
 
     def known_sizes(self, known: Mapping[str, int]) -> tuple[int, ...] | None:
         """Return the sizes with names replaced, or None when a name is not known."""
@@ -301,18 +301,6 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     return dict(value)
 
 
-def max_length(config: Mapping[str, Any]) -> int | None:
-    """Return the most positions a configuration allows, None when it names none."""
-    nested = config.get("text_config")
-    for source in (config, nested if isinstance(nested, Mapping) else {}):
-        for key in _LENGTH_KEYS:
-            if isinstance(source.get(key), int) and source[key] > 0:
-                # Positions of these families start behind the padding token's.
-                lost = 2 if config.get("model_type") in ("roberta", "mpnet") else 0
-                return int(source[key]) - lost
-    return None
-
-
 def positions(mask: Tokens, length: int) -> Tokens:
     """Return the position of each of the last ``length`` tokens: real tokens before it.
 
@@ -336,15 +324,6 @@ def _feeds(plan: DecoderPlan, tokens: Tokens, mask: Tokens) -> list[tuple[str, T
 
 def _specs(entries: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(e["name"], e["dtype"], tuple(e["shape"])) for e in entries)
-
-
-def _size(dim: str, known: Mapping[str, int]) -> int:
-    """Return a sum of products of names and numbers, such as ``past + 2*sequence``."""
-    total = 0
-    for term in dim.split("+"):
-        factors = [factor.strip() for factor in term.split("*")]
-        total += math.prod(int(f) if f.isdigit() else known.get(f, 0) for f in factors)
-    return total
 
 
 def _from_encoder(name: str) -> bool:

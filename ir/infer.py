@@ -11,6 +11,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
+from .dims import evaluate
 from .errors import VerifyError
 from .program import Signature
 from .weights import Weight, Weights
@@ -66,16 +67,8 @@ class Sizes:
 
     def size(self, text: int | str) -> int | torch.SymInt:
         """Return the size that ``text`` stands for: a number, or a sum of products of names."""
-        if isinstance(text, int):
-            return text
-        total: int | torch.SymInt = 0
-        for term in text.split("+"):
-            product: int | torch.SymInt = 1
-            for factor in term.split("*"):
-                word = factor.strip()
-                product = product * (int(word) if word.isdigit() else self.named(word))
-            total = total + product
-        return total
+        size: int | torch.SymInt = evaluate(text, self.named)
+        return size
 
     def tensor(self, dims: tuple[int | str, ...], dtype: torch.dtype) -> torch.Tensor:
         """Return a tensor without data of those sizes."""

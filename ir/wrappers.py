@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .dims import Dims, evaluate
 from .errors import CaptureError
 from .program import Kind
-
-Dims = tuple[int | str, ...]
 
 # Example sizes: all different and at least 2, so that tracing does not mistake one for another.
 _EXAMPLE = {"batch": 2, "sequence": 3, "past": 5, "source": 6, "target": 4}
@@ -58,10 +57,7 @@ def _example(
     dtypes: dict[str, torch.dtype],
     sizes: dict[str, int] = _EXAMPLE,
 ) -> Tensor:
-    shape = tuple(
-        dim if isinstance(dim, int) else sum(sizes[part.strip()] for part in dim.split("+"))
-        for dim in dims
-    )
+    shape = tuple(evaluate(dim, sizes.__getitem__) for dim in dims)
     make = torch.ones if name.endswith("mask") else torch.zeros
     return make(shape, dtype=dtypes.get(name, torch.int64))
 

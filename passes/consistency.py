@@ -19,7 +19,7 @@ from ..ir import MAIN, FidelityError, Program, is_finite
 from .blame import place_of
 from .context import maximum_length
 from .fidelity import EXACT, Measured, relative_error
-from .probes import Inputs, empty_cache, feeds, probe, probes
+from .probes import Inputs, empty_cache, feeds, next_cache, probe, probes
 
 _TOKENS = 12
 _PADS = 3
@@ -121,11 +121,7 @@ def _pairs(program: Program) -> Iterator[_Pair]:
 def _cached(program: Program, tokens: Tensor, cache: Inputs) -> _Pair:
     """Read all tokens at once, or all but one and then the last."""
     first = program.run(feeds(program, tokens[:, :-1], cache, 0), dtype=torch.float64)
-    past = {
-        name.replace("present.", "past_key_values."): value
-        for name, value in first.items()
-        if name.startswith("present.")
-    }
+    past = next_cache(first)
     return _Pair(
         "the last token read after a cache gives other outputs than all tokens read at once",
         "a cache entry, a mask or a position is wrong",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..ir import DataError, Program
+from ..ir.config import max_length
 from .data import (
     TextSource,
     TokenWindows,
@@ -181,18 +182,7 @@ def _reads_tokens(program: Program) -> bool:
 
 def maximum_length(program: Program) -> int | None:
     """Return the longest sequence that the model was made for, in tokens, as its config says."""
-    names = (
-        "max_position_embeddings",
-        "n_positions",
-        "max_seq_len",
-        "max_sequence_length",
-        "max_target_positions",
-    )
-    found = [program.config.get(name) for name in names]
-    longest = min((n for n in found if isinstance(n, int) and n > 0), default=None)
-    if longest is not None and program.config.get("model_type") in ("roberta", "mpnet"):
-        return longest - 2  # their positions start at pad_token_id + 1
-    return longest
+    return max_length(program.config)
 
 
 def vocabulary(program: Program) -> int | None:

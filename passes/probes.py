@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from ..ir import MAIN, Embedding, Program, QuantizedEmbedding, is_weight
+from ..ir.dims import evaluate
 from .context import maximum_length
 
 Inputs = dict[str, Tensor]
@@ -24,18 +25,7 @@ def dtype_of(program: Program, graph: str, name: str) -> torch.dtype:
 
 def sizes_of(dims: tuple[int | str, ...], sizes: Mapping[str, int]) -> list[int]:
     """Return numbers for symbolic sizes; a name that ``sizes`` leaves out counts 4."""
-    return [dim if isinstance(dim, int) else _size(dim, sizes) for dim in dims]
-
-
-def _size(text: str, sizes: Mapping[str, int]) -> int:
-    total = 0
-    for term in text.split("+"):
-        product = 1
-        for factor in term.split("*"):
-            word = factor.strip()
-            product *= int(word) if word.isdigit() else sizes.get(word, 4)
-        total += product
-    return total
+    return [evaluate(dim, lambda name: sizes.get(name, 4)) for dim in dims]
 
 
 def probe(program: Program, graph: str, seed: int = 0, **sizes: int) -> Inputs:
@@ -133,6 +123,15 @@ def empty_cache(program: Program, batch: int, graph: str = MAIN) -> Inputs:
         )
         for name in signature.inputs
         if name.startswith("past_key_values.")
+    }
+
+
+def next_cache(outputs: Mapping[str, Tensor]) -> Inputs:
+    """Return a step's ``present`` entries under the names that the next step reads them by."""
+    return {
+        name.replace("present.", "past_key_values."): value
+        for name, value in outputs.items()
+        if name.startswith("present.")
     }
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ir import DataError, Program
+from ..ir import DataError, Program, stored_bytes
 from .data import TokenWindows
-from .probes import empty_cache, feeds
+from .probes import empty_cache, feeds, next_cache
 from .progress import Advance, Progress
 
 _BATCH = 32
@@ -27,7 +27,7 @@ def generate_windows(
     Raises:
         DataError: the program has no cache, or is too large to generate with.
     """
-    size = sum(program.weights[name].bytes for name in program.weights)
+    size = stored_bytes(program)
     if size > _LARGEST:
         raise DataError(
             f"{program.origin.model} takes {size / 1e9:.1f} GB, too much to generate text with",
@@ -60,11 +60,7 @@ def _sample(
         seen = tokens[:, -1:] if cached else tokens
         inputs = feeds(program, seen, cache, past=step - 1 if cached else 0)
         out = program.run(inputs, device=device)
-        cache = {
-            name.replace("present.", "past_key_values."): value
-            for name, value in out.items()
-            if name.startswith("present.")
-        }
+        cache = next_cache(out)
         odds = torch.softmax(out["logits"][:, -1].float(), dim=-1)
         tokens = torch.cat([tokens, torch.multinomial(odds, 1, generator=generator)], dim=1)
         advance(count)

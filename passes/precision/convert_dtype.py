@@ -17,6 +17,7 @@ from ...ir import (
     converted,
     kept_calls,
     main_dtype,
+    stored_bytes,
 )
 from ..base import Fidelity, Pass, PassResult, Remark
 from ..blame import first_wrong_node, place_of
@@ -86,7 +87,7 @@ class ConvertDtype(Pass):
                 remarks.append(Remark("applied", f"keep={kind}", text))
             else:
                 remarks.append(Remark("missed", f"keep={kind}", "no call is one of those"))
-        before, after = (_weight_bytes(p) for p in (program, made))
+        before, after = (stored_bytes(p) for p in (program, made))
         text = f"{len(changed)} weights converted to {self.to}, {before} -> {after} bytes"
         remarks.append(Remark("applied", "program", text))
         return PassResult(made, tuple(remarks))
@@ -110,10 +111,6 @@ class ConvertDtype(Pass):
                 continue  # where all is masked, attention sees how large the mask's number is
             _check_calls(before, rebound, graph, inputs)
             _check_finite(before, after, graph, inputs)
-
-
-def _weight_bytes(program: Program) -> int:
-    return sum(program.weights[name].bytes for name in program.weights)
 
 
 def _originals(before: Program, after: Program) -> dict[str, Weight]:

@@ -1,0 +1,31 @@
+"""What a model's configuration says, whatever the family calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_LENGTH_KEYS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_sequence_length",
+    "max_target_positions",
+    "seq_length",
+)
+_POSITIONS_BEHIND_PADDING = ("roberta", "mpnet")  # they start at pad_token_id + 1
+
+
+def max_length(config: Mapping[str, Any]) -> int | None:
+    """Return the longest sequence that a model has positions for, in tokens.
+
+    The smallest where several are named; None where none is.
+    """
+    nested = config.get("text_config")
+    for source in (config, nested if isinstance(nested, Mapping) else {}):
+        found = [source.get(key) for key in _LENGTH_KEYS]
+        longest = min((n for n in found if isinstance(n, int) and n > 0), default=None)
+        if longest is not None:
+            lost = 2 if config.get("model_type") in _POSITIONS_BEHIND_PADDING else 0
+            return longest - lost
+    return None
