@@ -6,9 +6,8 @@ under the entry-point group ``modelathe.backends``.
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
-
 from ..ir import LoweringError
+from ..passes.spec import with_installed
 from .base import Artifact, Backend
 from .eager import Eager
 from .onnx import Onnx
@@ -25,14 +24,7 @@ def all_backends() -> dict[str, type[Backend]]:
     Raises:
         LoweringError: an installed backend has a name that is taken, or is no backend.
     """
-    found = dict(REGISTRY)
-    for entry in entry_points(group="modelathe.backends"):
-        kind = entry.load()
-        if not (isinstance(kind, type) and issubclass(kind, Backend)):
-            raise LoweringError(f"entry point {entry.name} ({entry.value}) is no backend")
-        if found.setdefault(kind.name, kind) is not kind:
-            raise LoweringError(f"two backends are called {kind.name}")
-    return found
+    return with_installed(REGISTRY, "modelathe.backends", Backend, LoweringError)
 
 
 __all__ = [

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import typer
 
 from .screen import Screen
+from .tables import read_table
 
 
-def entry(kind: type[Any], group: str | None = None) -> dict[str, Any]:
+def entry(kind: type[Any]) -> dict[str, Any]:
     """Return what a pass or backend says about itself, as --json prints it."""
     from ..passes.describe import describe
 
@@ -20,7 +21,6 @@ def entry(kind: type[Any], group: str | None = None) -> dict[str, Any]:
         "name": about.name,
         "summary": about.summary,
         **({"fidelity": fidelity.value} if fidelity is not None else {}),
-        **({"from": group} if group else {}),
         "details": about.details,
         "options": [
             {"name": o.name, "type": o.type, "default": o.default, "doc": o.doc}
@@ -40,6 +40,37 @@ def pick(registry: Mapping[str, type[Any]], name: str, what: str) -> type[Any]:
     if name not in registry:
         raise typer.BadParameter(f"no {what} is called {name!r}{did_you_mean(name, registry)}")
     return registry[name]
+
+
+def list_or_show(
+    screen: Screen,
+    group: str,
+    what: str,
+    name: str | None,
+    registry: Callable[[], Mapping[str, type[Any]]],
+) -> None:
+    """Print all passes or backends, or one of them with its options.
+
+    Args:
+        screen: where to print.
+        group: ``passes`` or ``backends``: the command, and the layer that has the table.
+        what: one of them: ``pass`` or ``backend``.
+        name: of the one to show; None for all.
+        registry: gives every class by name; not called where the table can be read from source.
+
+    Raises:
+        BadParameter: there is none of that name.
+    """
+    table = f"ALL_{group.upper()}"
+    plain = name is None and not screen.as_json
+    if plain and (known := read_table(group, table)) is not None:
+        return show_all(screen, known, group)
+    classes = registry()
+    if name is not None:
+        one = entry(pick(classes, name, what))
+        return screen.emit(one) if screen.as_json else show_one(screen, one)
+    entries = [entry(kind) for kind in classes.values()]
+    return screen.emit(entries) if screen.as_json else show_all(screen, entries, group)
 
 
 def show_all(screen: Screen, entries: Sequence[Mapping[str, Any]], command: str) -> None:

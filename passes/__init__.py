@@ -6,8 +6,6 @@ the entry-point group ``modelathe.passes``.
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
-
 from ..ir import PassError
 from .base import Fidelity, Pass, PassResult, Remark
 from .canonicalize import Canonicalize
@@ -20,7 +18,7 @@ from .pipeline import Pipeline, PipelineResult, Step
 from .precision import ConvertDtype
 from .progress import Progress, SilentProgress
 from .quantization import QuantizeWeights
-from .spec import parse, to_spec
+from .spec import parse, to_spec, with_installed
 from .tying import TieBlocks
 
 ALL_PASSES: tuple[type[Pass], ...] = (
@@ -40,18 +38,7 @@ def all_passes() -> dict[str, type[Pass]]:
     Raises:
         PassError: an installed pass has a name that is taken, or is no pass.
     """
-    found = dict(REGISTRY)
-    for entry in entry_points(group="modelathe.passes"):
-        kind = entry.load()
-        if not (isinstance(kind, type) and issubclass(kind, Pass)):
-            raise PassError(f"entry point {entry.name} ({entry.value}) is no pass")
-        if found.setdefault(kind.name, kind) is not kind:
-            raise PassError(
-                f"two passes are called {kind.name}: {found[kind.name].__module__} and "
-                f"{kind.__module__}",
-                remedy="uninstall one of the packages, or write module:Class",
-            )
-    return found
+    return with_installed(REGISTRY, "modelathe.passes", Pass, PassError)
 
 
 __all__ = [

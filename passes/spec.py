@@ -21,9 +21,10 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from ..ir.errors import SpecSyntaxError, did_you_mean
+from ..ir.errors import ModelatheError, SpecSyntaxError, did_you_mean
 from .fields import WORD, RefusedValueError, Word, options_of
 
 _TOKEN = re.compile(
@@ -75,6 +76,32 @@ def parse(text: str, registry: Mapping[str, type[T]], base: type[object] = objec
             option that the class does not take, or a value that the class refuses.
     """
     return tuple(_build(text, entry, registry, base) for entry in _Parser(text).entries())
+
+
+def with_installed(
+    ours: Mapping[str, type[T]], group: str, base: type[object], error: type[ModelatheError]
+) -> dict[str, type[T]]:
+    """Return our classes and those that installed packages offer, by name.
+
+    Args:
+        ours: the classes of this package.
+        group: the entry-point group that others use.
+        base: what an installed class must derive from.
+        error: raised where one has a name that is taken, or is no such class.
+    """
+    found = dict(ours)
+    for point in entry_points(group=group):
+        loaded = point.load()
+        if not (isinstance(loaded, type) and issubclass(loaded, base)):
+            raise error(f"entry point {point.name} ({point.value}) is no {base.__name__.lower()}")
+        kind: Any = loaded
+        if found.setdefault(kind.name, kind) is not kind:
+            raise error(
+                f"two classes are called {kind.name}: {found[kind.name].__module__} and "
+                f"{kind.__module__}",
+                remedy="uninstall one of the packages, or write module:Class",
+            )
+    return found
 
 
 def to_spec(value: Named, registry: Mapping[str, type[Any]] | None = None) -> str:
