@@ -13,7 +13,9 @@ _LENGTH_KEYS = (
     "max_target_positions",
     "seq_length",
 )
-_POSITIONS_BEHIND_PADDING = ("roberta", "mpnet")  # they start at pad_token_id + 1
+# Families, and whatever is named after them (xlm-roberta), whose positions start at pad_token_id + 1.
+# No key of a configuration tells.
+_POSITIONS_BEHIND_PADDING = ("roberta", "mpnet", "camembert", "data2vec-text", "longformer")
 
 
 def max_length(config: Mapping[str, Any]) -> int | None:
@@ -26,6 +28,7 @@ def max_length(config: Mapping[str, Any]) -> int | None:
         found = [source.get(key) for key in _LENGTH_KEYS]
         longest = min((n for n in found if isinstance(n, int) and n > 0), default=None)
         if longest is not None:
-            lost = 2 if config.get("model_type") in _POSITIONS_BEHIND_PADDING else 0
-            return longest - lost
+            family = str(config.get("model_type"))
+            behind = any(name in family for name in _POSITIONS_BEHIND_PADDING)
+            return longest - 2 if behind else longest
     return None
