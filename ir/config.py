@@ -13,7 +13,7 @@ _LENGTH_KEYS = (
     "max_target_positions",
     "seq_length",
 )
-# Families, and whatever is named after them (xlm-roberta), whose positions start at pad_token_id + 1.
+# Families, and those named after them (xlm-roberta), whose positions start behind the padding token.
 # No key of a configuration tells.
 _POSITIONS_BEHIND_PADDING = ("roberta", "mpnet", "camembert", "data2vec-text", "longformer")
 
