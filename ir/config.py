@@ -13,7 +13,7 @@ _LENGTH_KEYS = (
     "max_target_positions",
     "seq_length",
 )
-# Families, and those named after them (xlm-roberta), whose positions start behind the padding token.
+# Families, and those named after them (xlm-roberta), whose positions begin behind the padding one.
 # No key of a configuration tells.
 _POSITIONS_BEHIND_PADDING = ("roberta", "mpnet", "camembert", "data2vec-text", "longformer")
 
