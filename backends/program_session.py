@@ -66,7 +66,8 @@ class ProgramSession(Session):
         self, graph: str, feeds: Mapping[str, Any], sizes: Mapping[str, int]
     ) -> dict[str, Any]:
         signature = self.program.signatures[graph]
-        inputs = [self._cast(feeds[name]) for name in signature.inputs]
+        dtypes = {spec.name: getattr(torch, spec.dtype) for spec in self.graphs[graph].inputs}
+        inputs = [self._cast(feeds[name], dtypes[name]) for name in signature.inputs]
         with torch.no_grad():
             values = interpret(
                 self.program.graphs[graph], inputs, self._load, place=Place(self.dtype)
@@ -81,8 +82,9 @@ class ProgramSession(Session):
             self._weights[name] = weight.load(dtype)
         return self._weights[name]
 
-    def _cast(self, value: Tensor) -> Tensor:
-        return value.to(self.dtype) if value.is_floating_point() and self.dtype else value
+    def _cast(self, value: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return an input in the dtype that is computed in; numpy has no bfloat16 to give."""
+        return value.to(self.dtype or dtype) if value.is_floating_point() else value
 
     def _to_runtime(self, array: Array) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array))

@@ -30,8 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     _quiet_libraries()
-    if argv is None:  # a process of ours, whose signals are ours too
+    if argv is None:  # a process of ours, whose signals and paths are ours too
         _end_politely()
+        # Where `my_module:MyPass` and `my_module:factory` lie; last, so that it hides nothing.
+        sys.path.append(os.getcwd())
     try:
         return _invoke(words)
     except BrokenPipeError:
