@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ..ir import (
@@ -51,10 +52,7 @@ def program_sizes(program: Program) -> ProgramSizes:
         total += weight.bytes
         if name in meant:
             parameters += meant[name]
-        elif name not in extra and weight.dtype.is_floating_point:
-            size = 1
-            for extent in weight.shape:
-                size *= extent
-            parameters += size
+        elif name not in extra and program.weights.is_parameter(name):
+            parameters += math.prod(weight.shape)
     blocks = sum(len(find_blocks(graph)) for graph in program.graphs.values())
     return ProgramSizes(blocks, parameters, total)

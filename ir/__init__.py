@@ -1,9 +1,21 @@
 """What a program is: capture, run, print, verify, save."""
 
 from . import ops as _ops  # noqa: F401  (registers torch.ops.modelathe)
-from .blocks import Block, block_of, find_blocks, info_of, leave_block, path_of, set_info
+from .blocks import (
+    Block,
+    block_of,
+    find_blocks,
+    info_of,
+    leave_block,
+    mark,
+    marks_of,
+    path_of,
+    set_info,
+)
 from .calls import (
     Attention,
+    BatchNorm,
+    Convolution,
     Embedding,
     Linear,
     Norm,
@@ -54,9 +66,11 @@ __all__ = [
     "MAIN",
     "SCRATCH",
     "Attention",
+    "BatchNorm",
     "Block",
     "CaptureError",
     "ComputedWeight",
+    "Convolution",
     "DataError",
     "Embedding",
     "FidelityError",
@@ -97,6 +111,8 @@ __all__ = [
     "leave_block",
     "load_program",
     "main_dtype",
+    "mark",
+    "marks_of",
     "parameter_count",
     "path_of",
     "save_program",

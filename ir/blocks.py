@@ -37,6 +37,22 @@ def set_info(node: fx.Node, **values: Any) -> None:
     node.meta["custom"] = custom
 
 
+def mark(node: fx.Node, name: str, value: str | None) -> None:
+    """Leave a note on a call for a later pass, or take it away with None.
+
+    Marks are part of the program: printed (``!bits=4``), fingerprinted and saved.  They belong to
+    one call: ``insert_call`` does not hand them on.
+    """
+    marks = {**marks_of(node), name: value}
+    set_info(node, marks={key: text for key, text in marks.items() if text is not None})
+
+
+def marks_of(node: fx.Node) -> dict[str, str]:
+    """Return what earlier passes noted about a call, by name."""
+    found: dict[str, str] = info_of(node).get("marks", {})
+    return found
+
+
 def leave_block(node: fx.Node) -> None:
     """Make a call one that belongs to no block."""
     values = {name: value for name, value in info_of(node).items() if name != "block"}

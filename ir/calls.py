@@ -111,6 +111,115 @@ class Norm:
 
 
 @dataclass(frozen=True, slots=True)
+class BatchNorm:
+    """Batch norm by fixed statistics: ``(x - mean) / sqrt(variance + eps) * gain + bias``.
+
+    Over the channels, the second dimension of ``x``; the statistics, gain and bias have one number
+    per channel.
+    """
+
+    node: fx.Node
+    input: fx.Node
+    gain: fx.Node | None
+    bias: fx.Node | None
+    mean: fx.Node
+    variance: fx.Node
+    eps: float
+
+    @classmethod
+    def match(cls, node: fx.Node) -> Self | None:
+        """Return the view, or None for another call, also for one with statistics of the batch."""
+        if node.target is aten.batch_norm.default:
+            if argument(node, 5, "training") or _optional(node, 3, "running_mean") is None:
+                return None
+            eps = argument(node, 7, "eps")
+        elif node.target is aten._native_batch_norm_legit_no_training.default:
+            eps = argument(node, 6, "eps")
+        else:
+            return None
+        return cls(
+            node,
+            _node(node, 0, "input"),
+            _optional(node, 1, "weight"),
+            _optional(node, 2, "bias"),
+            _node(node, 3, "running_mean"),
+            _node(node, 4, "running_var"),
+            float(eps),
+        )
+
+    @property
+    def outputs(self) -> tuple[fx.Node, ...]:
+        """The nodes whose value is the normalised tensor; some calls return a tuple with it."""
+        if self.node.target is aten.batch_norm.default:
+            return (self.node,)
+        return tuple(user for user in self.node.users if user.args[1] == 0)
+
+
+_TRANSPOSED = (
+    aten.conv_transpose1d.default,
+    aten.conv_transpose2d.input,
+    aten.conv_transpose3d.input,
+)
+_CONVOLUTIONS = (
+    *_TRANSPOSED,
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv3d.default,
+    aten.conv1d.padding,
+    aten.conv2d.padding,
+    aten.conv3d.padding,
+    aten.convolution.default,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Convolution:
+    """A convolution ``[batch, in, ...] -> [batch, out, ...]``; one without a batch counts too.
+
+    weight: [out, in / groups, ...], and [in, out / groups, ...] when ``transposed``.
+    """
+
+    node: fx.Node
+    input: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    padding: tuple[int, ...] | Literal["same", "valid"]
+    groups: int
+    transposed: bool
+
+    @classmethod
+    def match(cls, node: fx.Node) -> Self | None:
+        """Return the view, or None when ``node`` is another call."""
+        if node.target not in _CONVOLUTIONS:
+            return None
+        general = node.target is aten.convolution.default
+        transposed = bool(argument(node, 6, "transposed")) if general else node.target in _TRANSPOSED
+        padding = argument(node, 4, "padding", (0,))
+        return cls(
+            node,
+            _node(node, 0, "input"),
+            _node(node, 1, "weight"),
+            _optional(node, 2, "bias"),
+            padding if isinstance(padding, str) else tuple(padding),
+            argument(node, 8 if general else 6, "groups", 1),
+            transposed,
+        )
+
+    @property
+    def pads(self) -> bool:
+        """Whether zeros are put around the input."""
+        if self.padding == "same":
+            return any(size > 1 for size in self.weight.meta["val"].shape[2:])
+        return self.padding != "valid" and any(self.padding)
+
+    def set_weights(self, weight: fx.Node, bias: fx.Node | None) -> None:
+        """Make the call read other weights."""
+        kept = {k: v for k, v in self.node.kwargs.items() if k not in ("input", "weight", "bias")}
+        self.node.args = (self.input, weight, bias, *self.node.args[3:])
+        self.node.kwargs = kept
+
+
+@dataclass(frozen=True, slots=True)
 class Embedding:
     """``y[..., width] = weight[ids[...], :]``."""
 

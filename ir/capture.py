@@ -342,6 +342,9 @@ def _add_graph(
             copy.target = _add_weight(program, _attribute(module, node), weight, found, tied)
     program.graphs[name] = graph
     program.signatures[name] = signature
+    parameters = {text.removeprefix(prefix) for text in exported.graph_signature.parameters}
+    parameters |= {tied[text] for text in parameters if text in tied}
+    program.weights.buffers |= {name for name in program.weights if name not in parameters}
     program.clean()
     infer_graph(graph, signature, program.weights, dtypes, sizes)
     stamp(graph, signature)

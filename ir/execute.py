@@ -164,25 +164,48 @@ def _last_uses(
 class Bound(nn.Module):
     """A graph of a program with its weights in memory, as a module.
 
-    Floating-point weights are parameters, so that the graph can be trained; the others are
+    What training may change are parameters; the rest, such as codes and rotary frequencies, are
     buffers.  Dots in names become ``/``: a module's own names must not hold dots.
+
+    Args:
+        program: holds the graph.
+        graph: which one.
+        dtype: hold floating-point weights, and compute, in this dtype instead of the graph's own.
+        shared: bound graphs of the same program; weights that they hold are theirs here too.
     """
 
-    def __init__(self, program: Program, graph: str = MAIN) -> None:
+    def __init__(
+        self,
+        program: Program,
+        graph: str = MAIN,
+        dtype: torch.dtype | None = None,
+        shared: tuple[Bound, ...] = (),
+    ) -> None:
         super().__init__()
-        self.graph = program.graphs[graph]
-        self.signature = program.signatures[graph]
-        for name in {str(node.target) for node in self.graph.find_nodes(op="get_attr")}:
-            tensor = program.weights[name].load().clone()
-            if tensor.is_floating_point():
-                self.register_parameter(name.replace(".", "/"), nn.Parameter(tensor))
+        self._graph, self._place = program.graphs[graph], Place(dtype)
+        held = {
+            k: v
+            for other in shared
+            for k, v in (*other._parameters.items(), *other._buffers.items())
+        }
+        weights = program.weights
+        for name in dict.fromkeys(str(n.target) for n in self._graph.find_nodes(op="get_attr")):
+            key = name.replace(".", "/")
+            wide = dtype if weights[name].dtype.is_floating_point else None
+            tensor = held[key] if key in held else weights[name].load(wide).clone()
+            if weights.is_parameter(name):
+                self.register_parameter(key, tensor if key in held else nn.Parameter(tensor))
             else:
-                self.register_buffer(name.replace(".", "/"), tensor)
+                self.register_buffer(key, tensor)
 
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Return the outputs in the order of ``signature.outputs``."""
+    def forward(
+        self, *inputs: Tensor, observe: Callable[[fx.Node, Any], None] | None = None
+    ) -> tuple[Tensor, ...]:
+        """Return the outputs in the order of the signature; ``observe`` is told every value."""
         return interpret(
-            self.graph,
-            list(inputs),
+            self._graph,
+            [self._place.tensor(value) for value in inputs],
             lambda node: getattr(self, str(node.target).replace(".", "/")),
+            observe,
+            self._place,
         )

@@ -11,6 +11,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
+from .blocks import marks_of, set_info
 from .dims import evaluate
 from .errors import VerifyError
 from .program import Signature
@@ -177,4 +178,6 @@ def insert_call(
     note_inferred(node)
     if "custom" in like.meta:
         node.meta["custom"] = like.meta["custom"]
+    if marks_of(node):
+        set_info(node, marks={})
     return node

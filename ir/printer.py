@@ -8,6 +8,7 @@ import torch
 from torch import fx
 from torch.fx.node import Argument
 
+from .blocks import marks_of
 from .program import Program
 from .weights import Weight
 
@@ -78,7 +79,8 @@ def graph_text(program: Program, name: str) -> str:
             args = [_arg_text(a) for a in node.args]
             args += [f"{k}={_arg_text(v)}" for k, v in node.kwargs.items()]
             head = f"%{node.name} = {call_name(node)}({', '.join(args)})"
-            lines.append(f"{head}: {type_text(node.meta['val'])}")
+            marks = "".join(f" !{key}={text}" for key, text in sorted(marks_of(node).items()))
+            lines.append(f"{head}: {type_text(node.meta['val'])}{marks}")
         elif node.op == "output":
             pairs = zip(signature.outputs, node.args[0], strict=True)
             lines.append("return " + ", ".join(f"{n}=%{value.name}" for n, value in pairs))

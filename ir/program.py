@@ -15,7 +15,7 @@ from .errors import CaptureError
 from .weights import TensorWeight, Weight, Weights
 
 if TYPE_CHECKING:
-    from torch import nn
+    from .execute import Bound
 
 Kind = Literal["decoder", "encoder", "encoder-decoder", "vision", "module"]
 MAIN = "main"
@@ -199,11 +199,16 @@ class Program:
 
         return run(self, inputs, graph, observe, dtype, bypass, device)
 
-    def bind(self, graph: str = MAIN) -> nn.Module:
-        """Return a module with the weights as parameters; its forward takes inputs by position."""
+    def bind(self, graph: str = MAIN, dtype: torch.dtype | None = None) -> Bound:
+        """Return a module with the weights as parameters; its forward takes inputs by position.
+
+        Args:
+            graph: which graph.
+            dtype: hold weights and compute in this floating-point dtype instead of the graph's own.
+        """
         from .execute import Bound
 
-        return Bound(self, graph)
+        return Bound(self, graph, dtype)
 
 
 def stored_bytes(program: Program) -> int:
@@ -212,8 +217,8 @@ def stored_bytes(program: Program) -> int:
 
 
 def parameter_count(program: Program) -> int:
-    """Return how many floating-point numbers the weights hold, each counted once."""
-    weights = [program.weights[name] for name in program.weights]
+    """Return how many floating-point numbers the weights hold, each counted once; no buffers."""
+    weights = program.weights
     return sum(
-        torch.Size(weight.shape).numel() for weight in weights if weight.dtype.is_floating_point
+        torch.Size(weights[name].shape).numel() for name in weights if weights.is_parameter(name)
     )

@@ -91,6 +91,7 @@ def save_program(
         "origin": _encode_origin(program.origin),
         "config": program.config,
         "aliases": weights.aliases,
+        "buffers": sorted(weights.buffers),
         "fingerprints": {name: weights[name].fingerprint for name in weights},
         "not_finite": endless,
         "graphs": {name: _encode_graph(program, name) for name in program.graphs},
@@ -133,7 +134,7 @@ def _decode_program(folder: Path, description: dict[str, Any]) -> Program:
     table: dict[str, Weight] = {
         key: FileWeight(file, key, prints[key], finite=key not in endless) for key in file.keys
     }
-    weights = Weights(table, description["aliases"])
+    weights = Weights(table, description["aliases"], description["buffers"])
     origin = _decode_origin(description["origin"])
     program = Program({}, {}, weights, description["config"], origin)
     contents = description["graphs"]

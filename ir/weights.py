@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -331,13 +331,19 @@ class Weights(Mapping[str, Weight]):
 
     Attributes:
         aliases: further names of a weight that is stored under another one (a tied head).
+        buffers: names of what the model holds and training does not change, such as the
+            frequencies of rotary positions; a name derived from one (``name.verb``) is one too.
     """
 
     def __init__(
-        self, weights: Mapping[str, Weight] | None = None, aliases: Mapping[str, str] | None = None
+        self,
+        weights: Mapping[str, Weight] | None = None,
+        aliases: Mapping[str, str] | None = None,
+        buffers: Iterable[str] = (),
     ) -> None:
         self._weights = dict(weights or {})
         self.aliases = dict(aliases or {})
+        self.buffers = frozenset(buffers)
 
     def __getitem__(self, name: str) -> Weight:
         return self._weights[self.aliases.get(name, name)]
@@ -350,7 +356,13 @@ class Weights(Mapping[str, Weight]):
 
     def copy(self) -> Weights:
         """Return a table of its own with the same weights."""
-        return Weights(self._weights, self.aliases)
+        return Weights(self._weights, self.aliases, self.buffers)
+
+    def is_parameter(self, name: str) -> bool:
+        """Tell whether a weight is a floating-point number table that training may change."""
+        parts = name.split(".")
+        known = any(".".join(parts[:end]) in self.buffers for end in range(1, len(parts) + 1))
+        return self[name].dtype.is_floating_point and not known
 
     def add(self, name: str, weight: Weight) -> str:
         """Add ``weight`` under ``name``, or ``name_1`` ... when that is taken; return the name."""

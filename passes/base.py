@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, final
 
 from torch import fx
 
@@ -43,10 +44,17 @@ class Remark:
 
 @dataclass(frozen=True, slots=True)
 class PassResult:
-    """The program after a pass, and what the pass says about it."""
+    """The program after a pass, and what the pass says about it.
+
+    Attributes:
+        program: the result.
+        remarks: what was done, and what was refused.
+        details: figures for the manifest, such as a learning curve; plain JSON values.
+    """
 
     program: Program
     remarks: tuple[Remark, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def modified(self) -> bool:
@@ -62,11 +70,14 @@ class Pass(ABC):
         name: what the pass is called in a pipeline text.
         fidelity: what it promises about outputs.
         changes_signature: whether it may add or remove inputs and outputs.
+        heals: whether it trains the model back; budgets then judge what comes out of it, not what
+            earlier passes lost.
     """
 
     name: ClassVar[str]
     fidelity: ClassVar[Fidelity]
     changes_signature: ClassVar[bool] = False
+    heals: ClassVar[bool] = False
 
     @abstractmethod
     def run(self, program: Program, context: PassContext) -> PassResult:
@@ -98,7 +109,7 @@ class Pass(ABC):
             raise PassError(f"{self.name}: changed the program and made no 'applied' remark")
         if changed:
             self.ensures(program, after)
-        return PassResult(after, result.remarks)
+        return PassResult(after, result.remarks, result.details)
 
     def _check_signature(self, before: Program, after: Program) -> None:
         if self.changes_signature or before.signatures == after.signatures:

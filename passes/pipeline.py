@@ -35,6 +35,7 @@ class Step:
         seconds: wall time of the pass, its checks left out.
         measured: how far outputs moved.
         warnings: what the user should look at.
+        details: the pass's own figures, as it gave them.
     """
 
     pass_: Pass
@@ -44,6 +45,7 @@ class Step:
     seconds: float
     measured: Measured
     warnings: tuple[str, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """Return the step as a manifest has it."""
@@ -54,6 +56,7 @@ class Step:
             "measured": self.measured.known(),
             "remarks": [str(remark) for remark in self.remarks],
             "warnings": list(self.warnings),
+            **({"details": dict(self.details)} if self.details else {}),
         }
 
 
@@ -141,7 +144,8 @@ class Pipeline:
         steps: list[Step] = []
         for number, pass_ in enumerate(passes):
             try:
-                step = self._step(pass_, program, context, reference)
+                healed = any(later.heals for later in passes[number + 1 :])
+                step = self._step(pass_, program, context, reference, healed)
             except Exception as error:
                 error.add_note(f"in pass {number} of {len(passes) - 1}: {to_spec(pass_)}")
                 raise
@@ -169,7 +173,12 @@ class Pipeline:
         return replace(program, origin=origin)
 
     def _step(
-        self, pass_: Pass, program: Program, context: PassContext, reference: Reference
+        self,
+        pass_: Pass,
+        program: Program,
+        context: PassContext,
+        reference: Reference,
+        healed: bool,
     ) -> Step:
         started = time.perf_counter()
         result = pass_(program, context)
@@ -179,9 +188,9 @@ class Pipeline:
         warnings: list[str] = []
         if result.modified and self.check:
             measured = _judge(pass_, program, after, reference)
-            if pass_.fidelity is Fidelity.LOSSY:
+            if pass_.fidelity is Fidelity.LOSSY and not healed:
                 self.budget.judge(measured, pass_.name)
-            if measured.kl is not None and measured.kl > WARN_KL:
+            if measured.kl is not None and measured.kl > WARN_KL and not healed:
                 warnings.append(
                     f"{pass_.name}: KL {measured.kl:.2f} nats per token to the captured model, "
                     f"more than {WARN_KL}: the result may be of little use"
@@ -189,7 +198,8 @@ class Pipeline:
         text = to_spec(pass_)
         implicit = isinstance(pass_, Canonicalize) and not result.modified
         after = after if implicit else after.after(text)
-        return Step(pass_, program, after, result.remarks, seconds, measured, tuple(warnings))
+        told = tuple(warnings)
+        return Step(pass_, program, after, result.remarks, seconds, measured, told, result.details)
 
     def _final(self, steps: list[Step], program: Program, reference: Reference) -> Measured:
         """Measure the result against the captured program; the last lossy step may have done it."""
