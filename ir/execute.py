@@ -183,20 +183,17 @@ class Bound(nn.Module):
     ) -> None:
         super().__init__()
         self._graph, self._place = program.graphs[graph], Place(dtype)
-        held = {
-            k: v
-            for other in shared
-            for k, v in (*other._parameters.items(), *other._buffers.items())
-        }
         weights = program.weights
         for name in dict.fromkeys(str(n.target) for n in self._graph.find_nodes(op="get_attr")):
             key = name.replace(".", "/")
+            held = next((one for one in shared if hasattr(one, key)), None)
             wide = dtype if weights[name].dtype.is_floating_point else None
-            tensor = held[key] if key in held else weights[name].load(wide).clone()
-            if weights.is_parameter(name):
-                self.register_parameter(key, tensor if key in held else nn.Parameter(tensor))
+            if held is not None:
+                setattr(self, key, getattr(held, key))
+            elif weights.is_parameter(name):
+                setattr(self, key, nn.Parameter(weights[name].load(wide).clone()))
             else:
-                self.register_buffer(key, tensor)
+                self.register_buffer(key, weights[name].load(wide).clone())
 
     def forward(
         self, *inputs: Tensor, observe: Callable[[fx.Node, Any], None] | None = None

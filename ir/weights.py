@@ -106,6 +106,11 @@ class SafetensorsFile:
         identity = f"{path.name}:{stat.st_size}:{stat.st_mtime_ns}"
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:16]
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the file says about itself."""
+        return dict(self._file.metadata() or {})
+
     def spec(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Return shape and dtype of ``key`` from the header."""
         view = self._file.get_slice(key)
@@ -229,7 +234,10 @@ class ComputedWeight(Weight):
         return self._kept is not None and self._kept.written
 
     def _evaluate(self, dtype: torch.dtype | None = None) -> Tensor:
-        loaded = (self._input(w, dtype if w.dtype.is_floating_point else None) for w in self.inputs)
+        # At least as wide as the result: what is computed from a float16 source and stored in
+        # float32 rounds once, to float32.
+        least = dtype or (self.dtype if self.dtype.is_floating_point else None)
+        loaded = (self._input(w, _wider(w.dtype, least)) for w in self.inputs)
         result = self.function(*loaded).detach()
         if tuple(result.shape) != self.shape:
             raise StorageError(f"rule {self.rule} gave {tuple(result.shape)}, not {self.shape}")
@@ -277,6 +285,12 @@ class ComputedWeight(Weight):
                     return value if dtype is None else value.to(dtype)
                 self._kept = SCRATCH.keep(self._fingerprint, value)
             return self._kept.load(dtype)
+
+
+def _wider(dtype: torch.dtype, least: torch.dtype | None) -> torch.dtype | None:
+    """Return ``least`` where a floating-point ``dtype`` is narrower, else None."""
+    narrow = dtype.is_floating_point and least is not None and dtype.itemsize < least.itemsize
+    return least if narrow else None
 
 
 class Scratch:

@@ -134,7 +134,9 @@ def _originals(before: Program, after: Program) -> dict[str, Weight]:
 def _check_cast(name: str, old: Weight, new: Weight) -> None:
     if new.dtype == old.dtype:
         return
-    expected, found = old.load(), new.load()
+    # What is computed is rounded once, to the new dtype where that is the wider one.
+    widened = old.dtype.is_floating_point and new.dtype.itemsize > old.dtype.itemsize
+    expected, found = old.load(new.dtype if widened else None), new.load()
     if expected.dim() == 0 and bool(expected.isfinite()):
         limit = torch.finfo(new.dtype).max
         expected = expected.double().clamp(-limit, limit)

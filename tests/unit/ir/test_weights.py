@@ -150,6 +150,14 @@ def test_a_wide_load_is_wide_all_the_way() -> None:
     assert calls == [torch.float64]
 
 
+def test_what_is_made_wider_from_computed_weights_is_rounded_once() -> None:
+    half = TensorWeight(torch.tensor([1.0009765625], dtype=torch.float16))
+    square = ComputedWeight("square", (half,), (1,), torch.float16, lambda w: w.double() ** 2)
+    cast = ComputedWeight("cast", (square,), (1,), torch.float32, lambda w: w)
+    assert cast.load() == torch.tensor([1.0009765625]).double().square().float()
+    assert square.load() != cast.load()
+
+
 def test_a_rounded_weight_stays_rounded_in_a_wide_load() -> None:
     weight = ComputedWeight(
         "scale", (TensorWeight(seeded(3)),), (3,), torch.float32, lambda t: t / 3, rounded=True
