@@ -9,12 +9,13 @@ from __future__ import annotations
 from ..ir import LoweringError
 from ..passes.spec import with_installed
 from .base import Artifact, Backend
+from .checkpoint import Checkpoint
 from .eager import Eager
 from .onnx import Onnx
 from .program import ProgramFolder
 from .session import Session, open_artifact
 
-ALL_BACKENDS: tuple[type[Backend], ...] = (Onnx, Eager, ProgramFolder)
+ALL_BACKENDS: tuple[type[Backend], ...] = (Onnx, Eager, ProgramFolder, Checkpoint)
 REGISTRY: dict[str, type[Backend]] = {kind.name: kind for kind in ALL_BACKENDS}
 
 
@@ -32,6 +33,7 @@ __all__ = [
     "REGISTRY",
     "Artifact",
     "Backend",
+    "Checkpoint",
     "Eager",
     "Onnx",
     "ProgramFolder",

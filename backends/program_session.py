@@ -55,12 +55,12 @@ class ProgramSession(Session):
 
     @classmethod
     def open(cls, folder: Path, manifest: Mapping[str, Any], *, threads: int = 0) -> Self:
-        """Open an artifact folder that holds a program."""
-        from ..ir import load_program
+        """Open an artifact folder that holds a program, or a model to capture."""
+        from ..ir import capture
 
         if threads:
             torch.set_num_threads(threads)
-        return cls(load_program(folder), folder, manifest)
+        return cls(capture(folder), folder, manifest)
 
     def _execute(
         self, graph: str, feeds: Mapping[str, Any], sizes: Mapping[str, int]

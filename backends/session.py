@@ -279,7 +279,7 @@ def open_artifact(folder: str | Path, *, threads: int = 0) -> Session:
         from .onnx.session import OnnxSession
 
         return OnnxSession(folder, manifest, threads=threads)
-    if backend in ("eager", "program"):
+    if backend in ("eager", "program", "checkpoint"):
         from .program_session import ProgramSession
 
         check_files(folder, manifest)

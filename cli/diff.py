@@ -12,7 +12,7 @@ import typer
 from .options import AllowPickle, Debug, Json
 from .recipe import PipelineText, pipeline_text
 from .screen import Screen, size_text
-from .sources import is_artifact_word, is_plain_onnx, open_program
+from .sources import is_artifact_word, is_model_folder, is_plain_onnx, open_program
 
 if TYPE_CHECKING:
     from ..ir import Program
@@ -107,9 +107,9 @@ def _apply(screen: Screen, program: Program, pipeline: str) -> Program:
 
 
 def _is_lowered(word: str) -> bool:
-    """Tell whether ``word`` is an artifact, or looks like one, without a Program in it."""
-    made = is_artifact_word(word) or is_plain_onnx(word)
-    return made and not (Path(word) / "program.json").exists()
+    """Tell whether ``word`` is an artifact, or looks like one, without a Program or model in it."""
+    made, path = is_artifact_word(word) or is_plain_onnx(word), Path(word)
+    return made and not ((path / "program.json").exists() or is_model_folder(path))
 
 
 def _initializers(folder: Path) -> dict[str, str]:

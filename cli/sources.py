@@ -66,6 +66,11 @@ def _may_be_model(word: str) -> bool:
     return not path.is_dir() or (path / "config.json").exists()
 
 
+def is_model_folder(path: Path) -> bool:
+    """Tell whether a folder holds weight files as transformers names them."""
+    return any(path.glob("model*.safetensors"))
+
+
 def is_plain_onnx(word: str) -> bool:
     """Tell whether ``word`` is a folder with ONNX files and nothing that capture reads."""
     path = Path(word)

@@ -16,18 +16,17 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from .blocks import stamp
 from .checkpoint import (
-    build,
-    fake_parameters,
+    fake_model,
     fetch,
     map_weights,
     read_config,
     stored_tensors,
     tied_names,
     tied_tensors,
+    unset_weights,
 )
 from .errors import CaptureError, ModelatheError
 from .infer import Sizes, infer_graph
@@ -122,15 +121,7 @@ def _config_of(model: Any) -> dict[str, Any]:
 def _capture_folder(folder: Path, allow_pickle: bool) -> Program:
     config = read_config(folder)
     stored = stored_tensors(folder, allow_pickle)
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    with fake_parameters(mode):
-        model = build(folder, config)
-        model.tie_weights()
-    if (
-        hasattr(model, "set_experts_implementation")
-        and getattr(model, "_can_set_experts_implementation", lambda: False)()
-    ):
-        model.set_experts_implementation("batched_mm")
+    model, mode = fake_model(folder, config)
     weights = map_weights(model, stored, folder)
     program = _capture_wrapped(model, str(folder), mode, weights, config)
     origin = replace(
@@ -140,6 +131,16 @@ def _capture_folder(folder: Path, allow_pickle: bool) -> Program:
         recapture=lambda: _capture_folder(folder, allow_pickle),
     )
     return replace(program, origin=origin)
+
+
+def capture_architecture(folder: Path) -> Program:
+    """Capture the model that ``config.json`` of a folder describes; weight files are not read.
+
+    Its parameters and persistent buffers are weights that have no value: reading one raises.
+    """
+    config = read_config(folder)
+    model, mode = fake_model(folder, config)
+    return _capture_wrapped(model, str(folder), mode, unset_weights(model), config)
 
 
 def _source_identity(stored: Mapping[str, Weight]) -> str:

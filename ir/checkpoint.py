@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from .errors import CaptureError
+from .errors import CaptureError, StorageError
 from .weights import ComputedWeight, SafetensorsFile, TensorWeight, Weight
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -143,6 +145,34 @@ def fake_parameters(mode: Any) -> Iterator[None]:
             yield
     finally:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+def fake_model(folder: Path, config: dict[str, Any]) -> tuple[Any, FakeTensorMode]:
+    """Return the transformers model of a folder without parameters' data, and its fake mode."""
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    with fake_parameters(mode):
+        model = build(folder, config)
+        model.tie_weights()
+    if (
+        hasattr(model, "set_experts_implementation")
+        and getattr(model, "_can_set_experts_implementation", lambda: False)()
+    ):
+        model.set_experts_implementation("batched_mm")
+    return model, mode
+
+
+def unset_weights(model: nn.Module) -> dict[str, Weight]:
+    """Return a weight without a value for every parameter and persistent buffer."""
+
+    def unset(name: str) -> Weight:
+        def refuse() -> Tensor:
+            raise StorageError(f"@{name}: has no value")
+
+        tensor = state[name]
+        return ComputedWeight(f"unset {name}", (), tuple(tensor.shape), tensor.dtype, refuse)
+
+    state = model.state_dict(keep_vars=True)
+    return {name: unset(name) for name in state}
 
 
 def stored_tensors(folder: Path, allow_pickle: bool = False) -> dict[str, Weight]:

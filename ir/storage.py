@@ -6,7 +6,7 @@ import json
 import math
 import operator
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +153,7 @@ def write_safetensors(
     path: Path,
     weights: Iterable[tuple[str, Weight]],
     written: Callable[[str, Tensor], None] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write weights to one safetensors file, holding one of them in memory at a time.
 
@@ -160,7 +161,7 @@ def write_safetensors(
     can then be mapped without a copy.
     """
     entries = sorted(weights, key=lambda entry: entry[1].bytes % ALIGNMENT != 0)
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, weight in entries:
         header[name] = {
