@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from ..ir import Program
 from ..passes import Budget, PassContext, to_spec
+from .curves import draw_curves
 from .manifest import model_bytes, program_signatures, sha256, write_manifest
 from .output import writing
 from .session import Session, open_artifact
@@ -62,6 +63,25 @@ class Backend(ABC):
     def computes_in(self, program: Program) -> str:
         """Return the dtype that the artifact computes in."""
 
+    def check(
+        self, source: Program, program: Program, folder: Path, context: PassContext
+    ) -> dict[str, Any]:
+        """Check that what was written computes what the program does; return the figures.
+
+        Args:
+            source: the program before lowering.
+            program: the program as it was written.
+            folder: what was written.
+            context: for progress.
+
+        Raises:
+            LoweringError: it does not.
+        """
+        from .checks import check_lowering
+
+        with self.exact_session(folder) as exact:
+            return check_lowering(source, exact, self.computes_in(program), context.progress)
+
     @contextlib.contextmanager
     def exact_session(self, folder: Path) -> Iterator[Session]:
         """Open what was written with every approximation of the runtime switched off."""
@@ -109,17 +129,16 @@ class Artifact:
             return self._save(partial, dict(record or {}))
 
     def _save(self, folder: Path, record: dict[str, Any]) -> dict[str, Any]:
-        from .checks import check_fidelity, check_lowering
+        from .checks import check_fidelity
 
         context = self.context or PassContext()
+        draw_curves(self.source.origin.record.get("steps", ()), folder)
         notes = self.backend.write(self.program, folder, context)
         fields = {**self._fields(), **notes, **record}
         manifest = write_manifest(folder, fields)
         if not self.check:
             return manifest
-        with self.backend.exact_session(folder) as exact:
-            dtype = self.backend.computes_in(self.program)
-            fields["lowering"] = check_lowering(self.source, exact, dtype, context.progress)
+        fields["lowering"] = self.backend.check(self.source, self.program, folder, context)
         measured = check_fidelity(self.source, open_artifact(folder), context)
         fields["fidelity"] = measured.known()
         self.budget.judge(measured, f"the {self.backend.name} artifact")

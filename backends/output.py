@@ -5,6 +5,7 @@ Everything is written in ``OUT.partial/new`` beside ``OUT`` and renamed when it 
     OUT.partial/lock    held while somebody writes; says that this folder is ours
     OUT.partial/new     what is being written
     OUT.partial/old     what ``--force`` replaces, between two renames
+    OUT.partial/state   what passes keep to go on from; of a run that has not finished
 
 A run that was killed leaves ``OUT.partial`` behind; the next run to the same place puts ``old``
 back or takes it away, whichever is due, and begins again.  Files in ``OUT`` that no manifest of
@@ -15,16 +16,17 @@ place.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from ..ir.errors import StorageError
 from .manifest import MANIFEST, is_artifact, listed_files
 
-_PARTIAL_FILES = {"lock", "new", "old"}
+_PARTIAL_FILES = {"lock", "new", "old", "state"}
 
 
 @contextlib.contextmanager
@@ -53,7 +55,7 @@ def writing(out: Path, *, force: bool = False) -> Iterator[Path]:
             _publish(partial, target)
         finally:
             _recover(partial, target)
-            shutil.rmtree(partial, ignore_errors=True)
+            _leave(partial)
 
 
 def check_writable(out: Path, *, force: bool = False) -> None:
@@ -71,8 +73,87 @@ def check_writable(out: Path, *, force: bool = False) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with _claim(partial):
         _recover(partial, target)
-    shutil.rmtree(partial)
+        _leave(partial)
     _check_target(out, target, force)
+
+
+@contextlib.contextmanager
+def resumable(
+    out: Path, settings: Mapping[str, Any], *, resume: bool = False, force: bool = False
+) -> Iterator[tuple[Path, bool]]:
+    """Give a folder for what long passes keep, and whether an earlier run left something there.
+
+    It is taken away when the block ends without an error.
+
+    Args:
+        out: where the run will write.
+        settings: what decides the run; plain JSON values.
+        resume: go on with an unfinished run, which must have had the same settings.
+        force: start over where there is one.
+
+    Raises:
+        StorageError: there is an unfinished run and it is not said what to do with it, or it had
+            other settings, or it is going on.
+    """
+    target = Path(os.path.realpath(out))
+    partial = target.with_name(f"{target.name}.partial")
+    state = partial / "state"
+    state.mkdir(parents=True, exist_ok=True)
+    with (state / "lock").open("w") as lock:
+        if not _lock(lock):
+            raise StorageError(
+                f"{partial}: another run is writing to this place",
+                remedy="wait for it, or choose another output folder with -o",
+            )
+        found = kept_state(state)
+        if found and not resume and not force:
+            raise StorageError(
+                f"{out}: an earlier run to this place was stopped on the way",
+                remedy="go on with it with --resume, or start over with --force",
+            )
+        if found and resume:
+            _check_settings(state, settings)
+        elif found:
+            for path in found:
+                path.unlink()
+        (state / "run.json").write_text(json.dumps(dict(settings), indent=1) + "\n")
+        try:
+            yield state, bool(found) and resume
+        except BaseException:
+            if not kept_state(state):
+                _drop(state)
+            raise
+        _drop(state)
+
+
+def kept_state(state: Path) -> list[Path]:
+    """Return the files that passes left."""
+    return [path for path in state.iterdir() if path.name not in ("lock", "run.json")]
+
+
+def _drop(state: Path) -> None:
+    shutil.rmtree(state)
+    with contextlib.suppress(OSError):
+        state.parent.rmdir()
+
+
+def _check_settings(state: Path, settings: Mapping[str, Any]) -> None:
+    before = json.loads((state / "run.json").read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(dict(settings)))
+    for name in sorted({*before, *now}):
+        if before.get(name) != now.get(name):
+            raise StorageError(
+                f"the run to go on with had {name} {before.get(name)!r}, not {now.get(name)!r}",
+                remedy="give --resume the same command, or start over with --force",
+            )
+
+
+def _leave(partial: Path) -> None:
+    """Take ``partial`` away, unless a run that has not finished keeps its state there."""
+    shutil.rmtree(partial / "new", ignore_errors=True)
+    (partial / "lock").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        partial.rmdir()
 
 
 def _check_target(out: Path, target: Path, force: bool) -> None:
@@ -167,8 +248,6 @@ def _foreign(folder: Path) -> list[str]:
 
 
 def _own_files(folder: Path) -> set[str]:
-    import json
-
     if not is_artifact(folder):
         return set()
     return set(listed_files(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,6 +53,9 @@ def command(
         bool, typer.Option("--dry-run", help="Capture, say what would be done, write nothing.")
     ] = False,
     force: Force = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run to OUT that was stopped.")
+    ] = False,
     no_check: Annotated[
         bool, typer.Option("--no-check", help="Neither check passes nor the artifact's outputs.")
     ] = False,
@@ -125,9 +129,11 @@ def command(
     """
     if out is None and not dry_run:
         raise typer.BadParameter("say where to write: -o OUT (or --dry-run to write nothing)")
+    if resume and dry_run:
+        raise typer.BadParameter("--resume goes on with a run, and --dry-run makes none")
     screen = Screen(as_json=as_json)
     with screen.quiet_libraries(debug=debug):
-        from ..backends.output import check_writable
+        from ..backends.output import check_writable, kept_state, resumable
         from ..passes import Budget, PassContext, Pipeline
 
         context = PassContext(
@@ -156,7 +162,26 @@ def command(
             planned = plan(program, passes, backend, None if out is None else str(out))
             return screen.emit(planned) if as_json else show_plan(screen, planned)
         assert out is not None
-        manifest = make(screen, program, passes, backend, out, force=force)
+        settings = {
+            "model": model,
+            "pipeline": str(passes),
+            "seed": seed,
+            "calibration": calibration,
+            "calibration-samples": calibration_samples,
+            "calibration-length": calibration_length,
+        }
+        with resumable(out, settings, resume=resume, force=force) as (state, found):
+            if resume and not found:
+                screen.progress.note(
+                    f"{out}: no stopped run to go on with, so this one starts anew"
+                )
+            passes = replace(passes, context=replace(context, state=state))
+            try:
+                manifest = make(screen, program, passes, backend, out, force=force)
+            except BaseException:
+                if kept_state(state):
+                    screen.progress.note("what was learned so far is kept: --resume goes on")
+                raise
     return screen.emit(manifest) if as_json else show(screen, manifest, out)
 
 

@@ -18,6 +18,7 @@ from .data import (
     check_windows,
     random_tokens,
     read_text,
+    tokenize,
 )
 from .progress import Progress, SilentProgress
 
@@ -40,6 +41,8 @@ class PassContext:
         seed: of everything random.
         device: where heavy work runs.
         progress: who is told how far long work is.
+        state: a folder where long passes keep what they need to go on after they were stopped, and
+            where they look for it; None: they begin anew.
     """
 
     calibration: TextSource | TokenWindows | None = None
@@ -50,10 +53,13 @@ class PassContext:
     seed: int = 0
     device: str = "cpu"
     progress: Progress = field(default_factory=SilentProgress)
+    state: Path | None = None
     # Windows already made in this run, by what they were made for and for which model.
     _made: dict[tuple[str, object], TokenWindows] = field(
         default_factory=dict, repr=False, compare=False
     )
+
+    _captured: list[Program] = field(default_factory=list, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         # One token alone predicts nothing.
@@ -75,7 +81,22 @@ class PassContext:
 
     def fresh(self) -> PassContext:
         """Return the same context with no windows made yet, for one run of a pipeline."""
-        return dataclasses.replace(self, _made={})
+        return dataclasses.replace(self, _made={}, _captured=[])
+
+    def reference(self, program: Program) -> Program:
+        """Return the untouched model behind ``program``: the one in memory, or captured again.
+
+        Raises:
+            CaptureError: its source is gone.
+        """
+        known = self._captured
+        if known and known[0].origin.recapture is program.origin.recapture:
+            return known[0]
+        return program.origin.reference()
+
+    def remember(self, captured: Program) -> None:
+        """Have ``reference`` return ``captured``, an untouched model, instead of capturing it."""
+        self._captured[:] = [captured]
 
     def used(self) -> dict[str, dict[str, Any]]:
         """Return source, sha256 and size of the windows that this run made, by purpose."""
@@ -101,12 +122,58 @@ class PassContext:
 
     def check_tokens_of(self, program: Program) -> TokenWindows | None:
         """Return the windows to measure fidelity on; None where a model reads no tokens."""
-        if not _reads_tokens(program):
+        if not reads_tokens(program):
             return None
         key = "check", program.origin.recapture
         if key not in self._made:
             self._made[key] = self._check(program)
         return self._made[key]
+
+    def training_text(self, program: Program) -> TokenWindows | None:
+        """Return the text to train on: the calibration text, whole, without what checks read.
+
+        Returns:
+            int64 [1, tokens], or the windows that were given; None where there is no text.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        if self.calibration is None or self.calibration == SELF:
+            return None
+        key = "training", program.origin.recapture
+        if key not in self._made:
+            self._made[key] = self._training(self.calibration, program)
+        return self._made[key]
+
+    def generated_text(self, program: Program, samples: int, length: int) -> TokenWindows:
+        """Return sequences that the untouched model writes, int64 [samples, length].
+
+        They are kept in ``state``, for generating takes as long as training on them.
+
+        Raises:
+            DataError: the model writes no text, or is too large for it.
+        """
+        from .self_text import kept_windows
+
+        key = "generated", program.origin.recapture
+        if key not in self._made:
+            self._made[key] = kept_windows(
+                self.reference(program),
+                samples,
+                length,
+                self.seed,
+                self.progress,
+                self.device,
+                self.state,
+            )
+        return self._made[key]
+
+    def _training(self, source: TextSource | TokenWindows, program: Program) -> TokenWindows:
+        if isinstance(source, TokenWindows):
+            return source
+        text, _ = read_text(source).split()
+        tokens = tokenize(text, tokenizer_of(program), vocabulary(program))
+        return TokenWindows(tokens[None], text.source, text.sha256)
 
     def _length(self, program: Program) -> int:
         return min(self.calibration_length, maximum_length(program) or self.calibration_length)
@@ -114,7 +181,7 @@ class PassContext:
     def _calibration(self, program: Program) -> TokenWindows:
         if isinstance(self.calibration, TokenWindows):
             return self.calibration
-        if not _reads_tokens(program):
+        if not reads_tokens(program):
             raise DataError(
                 f"{program.origin.model} reads no tokens, so text cannot calibrate it",
                 remedy="use passes that need no calibration",
@@ -175,7 +242,8 @@ class PassContext:
         )
 
 
-def _reads_tokens(program: Program) -> bool:
+def reads_tokens(program: Program) -> bool:
+    """Tell whether a model has token ids among its inputs."""
     names = [name for signature in program.signatures.values() for name in signature.inputs]
     return any(name.endswith("input_ids") for name in names)
 

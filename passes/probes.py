@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, fx
@@ -173,17 +173,19 @@ def seq2seq_batch(program: Program, target: Tensor, seed: int = 0) -> Inputs:
     return {**encoder, "decoder_input_ids": target}
 
 
-def seq2seq_feeds(program: Program, batch: Inputs, device: str = "cpu") -> Inputs:
+def seq2seq_feeds(
+    program: Program, batch: Inputs, run: Callable[[Inputs, str], Mapping[str, Tensor]]
+) -> Inputs:
     """Return the decoder's inputs for reading all its tokens at once after encoding.
 
     Args:
-        program: an encoder-decoder; its encoder runs in float32.
+        program: an encoder-decoder.
         batch: what ``seq2seq_batch`` gives.
-        device: where the encoder runs.
+        run: computes the encoder, from its inputs and its name.
     """
     target = batch["decoder_input_ids"]
     source = {name: batch[name] for name in program.signatures["encoder"].inputs}
-    crossed = program.run(source, "encoder", dtype=torch.float32, device=device)
+    crossed = run(source, "encoder")
     given: Inputs = {
         **source,
         "decoder_input_ids": target,

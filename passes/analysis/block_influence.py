@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from ...ir import MAIN, Block, PassError, Program, Signature, find_blocks, fingerprint
 from ..context import PassContext
+from ..outputs import runner
 from ..probes import Inputs, empty_cache, feeds, seq2seq_batch, seq2seq_feeds
 
 _BATCH_TOKENS = 2048
@@ -100,7 +101,7 @@ def _inputs(program: Program, graph: str, tokens: Tensor, device: str) -> Inputs
     batch = seq2seq_batch(program, tokens)
     if graph == "encoder":
         return {name: batch[name] for name in program.signatures[graph].inputs}
-    return seq2seq_feeds(program, batch, device)
+    return seq2seq_feeds(program, batch, runner(program, device))
 
 
 class _Meter:

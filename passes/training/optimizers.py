@@ -1,0 +1,134 @@
+"""Optimizers of healing, and how their rate moves over a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...ir import Program, find_blocks
+
+
+class Lamb(torch.optim.Optimizer):
+    """Adam whose step is rescaled, tensor by tensor, to the length of the tensor.
+
+    With Adam's direction ``u = m / (sqrt(v) + eps) + decay * w``::
+
+        w <- w - rate * (|w| / |u|) * u
+
+    where the ratio is 1 if either length is 0.
+
+    Source: LAMB (arXiv 1904.00962), algorithm 2, with Adam's bias corrections.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Make one step with the gradients that there are."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    self._move(weight, group, self.state[weight])
+
+    def _move(self, weight: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
+        if not state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"] = torch.zeros_like(weight)
+            state["exp_avg_sq"] = torch.zeros_like(weight)
+        assert weight.grad is not None
+        first, second = group["betas"]
+        state["step"] += 1
+        count = float(state["step"])
+        mean, square = state["exp_avg"], state["exp_avg_sq"]
+        mean.lerp_(weight.grad, 1 - first)
+        square.mul_(second).addcmul_(weight.grad, weight.grad, value=1 - second)
+        scale = (square / (1 - second**count)).sqrt_().add_(group["eps"])
+        move = mean / (1 - first**count) / scale + group["weight_decay"] * weight
+        lengths = weight.norm(), move.norm()
+        ratio = torch.where((lengths[0] > 0) & (lengths[1] > 0), lengths[0] / lengths[1], 1.0)
+        weight.sub_(move * ratio * group["lr"])
+
+
+def make_optimizer(
+    kind: str,
+    parameters: Mapping[str, Tensor],
+    shares: Mapping[str, float],
+    rate: float,
+    weight_decay: float,
+) -> torch.optim.Optimizer:
+    """Return an optimizer with one group for each share of the learning rate.
+
+    Args:
+        kind: ``adamw`` or ``lamb``.
+        parameters: by name.
+        shares: share of the rate that each gets; 1 where it is not named.
+        rate: the peak of the schedule.
+        weight_decay: of matrices; vectors have none.
+    """
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, parameter in parameters.items():
+        decay = weight_decay if parameter.dim() > 1 else 0.0
+        groups.setdefault((shares.get(name, 1.0), decay), []).append(parameter)
+    described = [
+        {"params": members, "share": share, "weight_decay": decay}
+        for (share, decay), members in groups.items()
+    ]
+    if kind == "lamb":
+        return Lamb(described, lr=rate)
+    return torch.optim.AdamW(described, lr=rate, betas=(0.9, 0.95))
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group its share of ``rate``."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["share"]
+
+
+def cosine(step: int, steps: int, warmup: float) -> float:
+    """Return the share of the peak rate at a step: linear up, then half a cosine down to a tenth.
+
+    Args:
+        step: from 0.
+        steps: of the whole run.
+        warmup: share of the run over which the rate rises.
+    """
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return (step + 1) / rising
+    done = (step - rising) / max(1, steps - rising)
+    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def depth_shares(program: Program, decay: float) -> dict[str, float]:
+    """Return each weight's share of the rate: ``decay`` for every block between it and the end.
+
+    What is read before the first block has ``decay ** blocks``, what is read behind the last 1.  A
+    weight that is read in several places has the largest of their shares.
+    """
+    shares: dict[str, float] = {}
+    for graph in program.graphs.values():
+        blocks = find_blocks(graph)
+        depth = {node: block.index for block in blocks for node in block.nodes}
+        outside = -1
+        for node in graph.nodes:
+            if node in depth:
+                outside = len(blocks) - 1  # whatever comes after a block is behind them all
+            share = decay ** (len(blocks) - 1 - depth.get(node, outside))
+            for source in node.all_input_nodes:
+                if source.op == "get_attr":
+                    name = str(source.target)
+                    shares[name] = max(share, shares.get(name, 0.0))
+    return shares

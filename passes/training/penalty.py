@@ -1,0 +1,53 @@
+"""The term of the loss that keeps the residual stream's deviation the same for all tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ...ir import Program, find_blocks
+
+
+def deviation_penalty(
+    program: Program, trainee: Program, weight: float
+) -> Callable[[Tensor], tuple[Callable[[fx.Node, Any], None], Callable[[], Tensor]]] | None:
+    """Return what adds ``weight * mean_t (s_t - mean(s))**2`` to a loss; None without blocks.
+
+    With s_t the deviation of token t over the width of the residual stream behind the last block,
+    ``sqrt(var + 1e-5)``; the mean leaves out first positions and end-of-text tokens, and is not
+    differentiated.
+
+    Args:
+        program: says what the end-of-text token is.
+        trainee: the copy of it that is trained.
+        weight: of the term.
+
+    Source: arXiv 2507.02559, the auxiliary loss.
+    """
+    blocks = [block for graph in trainee.graphs.values() for block in find_blocks(graph)]
+    if not blocks or blocks[-1].output is None:
+        return None
+    place, end = blocks[-1].output, program.config.get("eos_token_id")
+
+    def begin(tokens: Tensor) -> tuple[Callable[[fx.Node, Any], None], Callable[[], Tensor]]:
+        held: list[Tensor] = []
+
+        def observe(node: fx.Node, value: Any) -> None:
+            if node is place:
+                held.append(value)
+
+        def penalty() -> Tensor:
+            deviation = (held[-1].var(-1, correction=0) + 1e-5).sqrt()
+            plain = torch.ones_like(tokens, dtype=torch.bool)
+            plain[:, 0] = False
+            if isinstance(end, int):
+                plain &= tokens != end
+            mean = deviation[plain].mean().detach()
+            return weight * (deviation - mean).square().mean()
+
+        return observe, penalty
+
+    return begin

@@ -1,0 +1,111 @@
+"""Calls that change while a program is trained, each at its own time."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from ...ir import Program, marks_of
+from ..base import Pass, PassResult
+from ..spec import parse
+
+SWITCH = "switch"
+"""The mark of a call that healing changes; its text is the pass that put it there."""
+
+
+class Switch(nn.Module, ABC):
+    """What takes a marked call's place while the program is trained.
+
+    What it learns are parameters; what it measures are buffers.  Both are kept with the run, so a
+    run that goes on has them.
+
+    Attributes:
+        tokens: the windows of this step, int64 [rows, length].
+    """
+
+    tokens: Tensor | None = None
+
+    @property
+    @abstractmethod
+    def settled(self) -> bool:
+        """Whether it is turned for good."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        """Take the arguments of the call that it replaces."""
+
+
+@dataclass(frozen=True)
+class SwitchingPass(Pass):
+    """A pass that can leave its change to training: it marks calls, and ``heal`` turns them."""
+
+    @abstractmethod
+    def make_switch(self, program: Program, node: fx.Node) -> Switch:
+        """Return what a marked call becomes while it is trained."""
+
+    @abstractmethod
+    def turn(self, switches: Mapping[fx.Node, Switch], step: int, steps: int, loss: float) -> None:
+        """Move the switches before a step.
+
+        Args:
+            switches: by marked call, in graph order.
+            step: from 0.
+            steps: of the whole run.
+            loss: of the step before, per token; infinite before the first.
+        """
+
+    @abstractmethod
+    def settle(self, program: Program, switches: Mapping[str, Switch]) -> PassResult:
+        """Return the program as the switches stand at the end.
+
+        Args:
+            program: an editable copy with the trained weights, still marked.
+            switches: by name of the marked call.
+        """
+
+
+def marked_passes(program: Program) -> dict[str, SwitchingPass]:
+    """Return the passes that left marks on calls of ``program``, by their text."""
+    from .. import all_passes
+
+    texts = {
+        marks_of(node)[SWITCH]
+        for graph in program.graphs.values()
+        for node in graph.nodes
+        if SWITCH in marks_of(node)
+    }
+    found: dict[str, SwitchingPass] = {}
+    for text in sorted(texts):
+        (pass_,) = parse(text, all_passes(), base=Pass)
+        assert isinstance(pass_, SwitchingPass)
+        found[text] = pass_
+    return found
+
+
+def marked_calls(program: Program, text: str) -> dict[fx.Node, str]:
+    """Return the calls with a pass's mark, in graph order, and the graph that each is in."""
+    return {
+        node: name
+        for name, graph in program.graphs.items()
+        for node in graph.nodes
+        if marks_of(node).get(SWITCH) == text
+    }
+
+
+def put_switches(program: Program) -> dict[str, dict[fx.Node, Switch]]:
+    """Put a switch in the place of every marked call; return them by the text of their pass.
+
+    Args:
+        program: an editable copy, only to be trained.
+    """
+    made: dict[str, dict[fx.Node, Switch]] = {}
+    for text, pass_ in marked_passes(program).items():
+        calls = marked_calls(program, text)
+        made[text] = {node: pass_.make_switch(program, node) for node in calls}
+        for node, switch in made[text].items():
+            node.target = switch
+    return made
