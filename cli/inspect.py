@@ -10,7 +10,7 @@ import typer
 
 from .options import AllowPickle, Debug, Json
 from .screen import Screen, count_text, figure, size_text
-from .sources import is_artifact_word, is_plain_onnx, open_program
+from .sources import is_artifact_word, is_model_folder, is_plain_onnx, open_program
 
 if TYPE_CHECKING:
     from ..ir import Program
@@ -65,6 +65,7 @@ def program_facts(program: Program, *, graph: bool = False) -> dict[str, Any]:
         "bytes": sizes.bytes,
         "bits_per_weight": sizes.bits_per_weight,
         "dtypes": dtypes,
+        "norms": _norms(program),
         "aliases": dict(program.weights.aliases),
         "passes": list(program.origin.passes),
         "notes": list(program.origin.notes),
@@ -100,10 +101,10 @@ def artifact_facts(folder: Path, *, graph: bool = False) -> dict[str, Any]:
     }
     for key in ("blocks", "parameters", "bits_per_weight"):
         about.setdefault(key, manifest.get("sizes", {}).get(key))
-    if graph and is_program_folder(folder):
-        from ..ir import load_program, to_text
+    if graph and (is_program_folder(folder) or is_model_folder(folder)):
+        from ..ir import capture, to_text
 
-        about["graph"] = to_text(load_program(folder))
+        about["graph"] = to_text(capture(folder))
     elif graph:
         about["graph"] = "\n".join(line for path in files for line in graph_lines(path))
     return about
@@ -121,6 +122,7 @@ def show(screen: Screen, about: dict[str, Any], word: str) -> None:
             "size": size_text(about["bytes"]),
             "bits per weight": None if bits is None else figure(float(bits), 3),
             "stored as": _dtypes(about),
+            "norms": norms_text(about.get("norms") or {}),
             "tied": ", ".join(f"{a} = {b}" for a, b in about.get("aliases", {}).items()) or None,
             "passes": ", ".join(about["passes"]) if about.get("passes") else None,
             "notes": "; ".join(about.get("notes") or []) or None,
@@ -136,6 +138,47 @@ def show(screen: Screen, about: dict[str, Any], word: str) -> None:
     if "graph" in about:
         screen.say("")
         screen.say(about["graph"].rstrip())
+
+
+def _norms(program: Program) -> dict[str, Any]:
+    """Return the placement of the norms of each graph, by ``norm_placement``."""
+    from dataclasses import asdict
+
+    from ..passes import Canonicalize
+    from ..passes.analysis.norm_placement import norm_placement
+
+    canonical = Canonicalize()(program).program
+    found = {name: asdict(norm_placement(canonical, name)) for name in canonical.graphs}
+    return {
+        name: {key: value[key] for key in ("blocks", "outside")} for name, value in found.items()
+    }
+
+
+def norms_text(norms: dict[str, Any]) -> str | None:
+    """Return one phrase for each run of blocks that are alike: ``pre (rms) in blocks 0-11``."""
+    graphs = []
+    for name, found in norms.items():
+        runs: list[tuple[str, int, int]] = []
+        for index, block in enumerate(found["blocks"]):
+            kinds = " and ".join(dict.fromkeys(block["kinds"]))
+            special = ", with norms of queries and keys" if block["query_key"] else ""
+            what = f"{block['placement']}{f' ({kinds}{special})' if kinds or special else ''}"
+            if runs and runs[-1][0] == what:
+                runs[-1] = what, runs[-1][1], index
+            else:
+                runs.append((what, index, index))
+        if runs:
+            graphs.append((name, "; ".join(_run_text(run, len(runs)) for run in runs)))
+    if len(graphs) < 2:
+        return graphs[0][1] if graphs else None
+    return "; ".join(f"{name}: {text}" for name, text in graphs)
+
+
+def _run_text(run: tuple[str, int, int], count: int) -> str:
+    what, first, last = run
+    if count == 1:
+        return f"{what} in every block"
+    return f"{what} in block {first}" if first == last else f"{what} in blocks {first}-{last}"
 
 
 def _making(about: dict[str, Any]) -> dict[str, object]:

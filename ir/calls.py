@@ -176,14 +176,15 @@ _CONVOLUTIONS = (
 class Convolution:
     """A convolution ``[batch, in, ...] -> [batch, out, ...]``; one without a batch counts too.
 
-    weight: [out, in / groups, ...], and [in, out / groups, ...] when ``transposed``.
+    weight: [out, in / groups, ...], and [in, out / groups, ...] when ``transposed``.  padding is a
+    number for each axis or for all, ``same`` or ``valid``.
     """
 
     node: fx.Node
     input: fx.Node
     weight: fx.Node
     bias: fx.Node | None
-    padding: tuple[int, ...] | Literal["same", "valid"]
+    padding: tuple[int, ...] | str
     groups: int
     transposed: bool
 
@@ -193,7 +194,9 @@ class Convolution:
         if node.target not in _CONVOLUTIONS:
             return None
         general = node.target is aten.convolution.default
-        transposed = bool(argument(node, 6, "transposed")) if general else node.target in _TRANSPOSED
+        transposed = (
+            bool(argument(node, 6, "transposed")) if general else node.target in _TRANSPOSED
+        )
         padding = argument(node, 4, "padding", (0,))
         return cls(
             node,

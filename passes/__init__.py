@@ -13,21 +13,35 @@ from .context import PassContext
 from .data import TokenWindows
 from .depth import PruneBlocks
 from .fidelity import Budget, Measured
-from .norms import FoldNorms
+from .norms import (
+    CenterResidual,
+    FoldBatchNorms,
+    FoldNorms,
+    FoldRepBatchNorms,
+    RemoveNorms,
+    ReplaceNorms,
+)
 from .pipeline import Pipeline, PipelineResult, Step
 from .precision import ConvertDtype
 from .progress import Progress, SilentProgress
 from .quantization import QuantizeWeights
 from .spec import parse, to_spec, with_installed
+from .training import Heal
 from .tying import TieBlocks
 
 ALL_PASSES: tuple[type[Pass], ...] = (
     Canonicalize,
     FoldNorms,
+    CenterResidual,
+    FoldBatchNorms,
+    FoldRepBatchNorms,
+    ReplaceNorms,
+    RemoveNorms,
     PruneBlocks,
     TieBlocks,
     QuantizeWeights,
     ConvertDtype,
+    Heal,
 )
 REGISTRY: dict[str, type[Pass]] = {kind.name: kind for kind in ALL_PASSES}
 
@@ -46,9 +60,13 @@ __all__ = [
     "REGISTRY",
     "Budget",
     "Canonicalize",
+    "CenterResidual",
     "ConvertDtype",
     "Fidelity",
+    "FoldBatchNorms",
     "FoldNorms",
+    "FoldRepBatchNorms",
+    "Heal",
     "Measured",
     "Pass",
     "PassContext",
@@ -59,6 +77,8 @@ __all__ = [
     "PruneBlocks",
     "QuantizeWeights",
     "Remark",
+    "RemoveNorms",
+    "ReplaceNorms",
     "SilentProgress",
     "Step",
     "TieBlocks",

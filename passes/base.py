@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, final
 
-from torch import fx
+from torch import Tensor, fx
 
 from ..ir import PassError, Program, fingerprint, path_of, verify
 from .context import PassContext
@@ -88,6 +88,21 @@ class Pass(ABC):
 
     def ensures(self, before: Program, after: Program) -> None:
         """Raise ``PassError`` when ``after`` breaks an exact claim about ``before``."""
+
+    def kept(
+        self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        """Return what an exact pass promises to keep of the outputs of one run: all of them.
+
+        A pass that is exact for what the model means, yet moves some raw numbers, returns the rest,
+        or what the numbers mean (log-probabilities for logits), and says so in its docstring.  The
+        pipeline compares this for the program before and after the pass.
+
+        Args:
+            inputs: of the run, by name.
+            outputs: of the run, by name.
+        """
+        return outputs
 
     @final
     def __call__(self, program: Program, context: PassContext | None = None) -> PassResult:

@@ -25,6 +25,7 @@ def first_wrong_node(
     inputs: Inputs,
     dtype: torch.dtype | None,
     limit: float,
+    output: str | None = None,
 ) -> str:
     """Return the first node that the rewrite edited and whose value spoils an output.
 
@@ -41,6 +42,7 @@ def first_wrong_node(
         inputs: on which an output differs.
         dtype: to compute in.
         limit: largest relative error of a value that counts as equal.
+        output: name of the output that is wrong; None for any.
     """
     values = _values(before, graph, inputs, dtype), _values(after, graph, inputs, dtype)
     partners = _partners(before.graphs[graph], after.graphs[graph])
@@ -52,23 +54,39 @@ def first_wrong_node(
         if node not in partners or _text(after, node, names) != _text(before, partners[node], {})
     }
     differs = {node for node in calls if _differs(node, partners, *values, limit)}
-    spoils = _leading_to_outputs(calls, differs | {node for node in calls if node not in partners})
+    ends = _returned(after, graph, output)
+    wrong = differs | {node for node in calls if node not in partners}
+    spoils = _leading_to_outputs(calls, wrong, ends)
     for node in calls:
         if node in edited and node in spoils:
             outside = [user for user in node.users if user not in edited]
-            if any(user in spoils or user.op == "output" for user in outside):
+            if any(user in spoils or (user.op == "output" and node in ends) for user in outside):
                 return place_of(node)
     return next((place_of(node) for node in calls if node in spoils and node in differs), "")
 
 
-def _leading_to_outputs(calls: list[fx.Node], wrong: set[fx.Node]) -> set[fx.Node]:
-    """Return those of ``wrong`` from which a path through wrong ones leads to an output.
+def _returned(program: Program, graph: str, output: str | None) -> set[fx.Node]:
+    """Return the values that a graph returns under a name, or under any."""
+    (results,) = program.graphs[graph].output_node().args
+    assert isinstance(results, tuple | list)
+    names = program.signatures[graph].outputs
+    return {
+        result
+        for name, result in zip(names, results, strict=True)
+        if isinstance(result, fx.Node) and output in (None, name)
+    }
+
+
+def _leading_to_outputs(
+    calls: list[fx.Node], wrong: set[fx.Node], ends: set[fx.Node]
+) -> set[fx.Node]:
+    """Return those of ``wrong`` from which a path through wrong ones leads to one of ``ends``.
 
     Where an edit is made up for further down, the path ends.
     """
     found: set[fx.Node] = set()
     for node in reversed(calls):
-        if node in wrong and any(user.op == "output" or user in found for user in node.users):
+        if node in wrong and (node in ends or any(user in found for user in node.users)):
             found.add(node)
     return found
 

@@ -6,7 +6,7 @@ nowhere, so a right rewrite moves outputs by about 1e-13 and a wrong one by much
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +16,8 @@ from torch import Tensor
 from ..ir import MAIN, DataError, FidelityError, Program, TensorWeight
 from .context import PassContext
 from .metrics import CosineTally, TokenTally, mean_pool
-from .probes import Inputs, feeds, probe, probes, seq2seq_batch, seq2seq_feeds
+from .outputs import predictions, runner
+from .probes import Inputs, probe, probes, seq2seq_batch
 
 EXACT = 1e-9  # largest relative error in float64 of a rewrite that is equal in exact arithmetic
 _ROUNDED = 16  # units in the last place, where a pass stored weights that it rounded itself
@@ -129,8 +130,20 @@ def judge_bitwise(before: Program, after: Program, where: str) -> Measured:
     return Measured(error=0.0)
 
 
-def judge_rounding(before: Program, after: Program, where: str) -> Measured:
+Kept = Callable[[Inputs, dict[str, Tensor]], Mapping[str, Tensor]]
+
+
+def judge_rounding(
+    before: Program, after: Program, where: str, kept: Kept | None = None
+) -> Measured:
     """Return the largest relative error in float64, or raise.
+
+    Args:
+        before: the pass's input.
+        after: its result.
+        where: who is judged.
+        kept: what is compared of the inputs and outputs of a run (``Pass.kept``); None compares all
+            outputs.
 
     Raises:
         FidelityError: it is more than rounding explains.
@@ -140,6 +153,8 @@ def judge_rounding(before: Program, after: Program, where: str) -> Measured:
     for graph, inputs in probes(before):
         expected = before.run(inputs, graph, dtype=torch.float64)
         found = after.run(inputs, graph, dtype=torch.float64)
+        if kept is not None:
+            expected, found = dict(kept(inputs, expected)), dict(kept(inputs, found))
         for name, value in expected.items():
             error = relative_error(value, found[name]) if name in found else float("inf")
             if not error <= limit:
@@ -205,7 +220,7 @@ def _raise(
 ) -> None:
     from .blame import first_wrong_node
 
-    node = first_wrong_node(before, after, graph, inputs, dtype, limit)
+    node = first_wrong_node(before, after, graph, inputs, dtype, limit, output)
     place = f", first wrong at {node}" if node else "; every call is right: outputs are mixed up"
     raise FidelityError(
         f"{where}: output {output} is {text}{place}",
@@ -298,30 +313,13 @@ def _batches(program: Program, context: PassContext) -> Iterator[Inputs]:
 
 
 def forward(program: Program, batch: Inputs, device: str = "cpu") -> Tensor:
-    """Return what is compared: logits ``[b, s, vocab]``, or one row ``[b, width]`` per item."""
+    """Return what is compared: logits ``[b, s, vocab]``, or one row ``[b, width]`` per item.
+
+    An encoder's row is its first output, averaged over positions.
+    """
+    first = predictions(program, batch, runner(program, device))
     if program.kind in ("decoder", "encoder-decoder"):
-        return _logits(program, batch, device)
-    return _embedding(program, batch, device)
-
-
-def _logits(program: Program, batch: Inputs, device: str) -> Tensor:
-    """Return ``[b, s, vocab]`` in float32."""
-    from .probes import empty_cache
-
-    if program.kind == "decoder":
-        rows = batch["input_ids"]
-        inputs = feeds(program, rows, empty_cache(program, rows.shape[0]), 0)
-        return program.run(inputs, dtype=torch.float32, device=device)["logits"]
-    inputs = seq2seq_feeds(program, batch, device)
-    return program.run(inputs, "decoder", dtype=torch.float32, device=device)["logits"]
-
-
-def _embedding(program: Program, batch: Inputs, device: str) -> Tensor:
-    """Return one row per item: an encoder's first output, averaged over positions, or all of it."""
-    inputs = batch
-    if program.kind == "encoder":
-        inputs = feeds(program, batch["input_ids"], {}, 0)
-    first = next(iter(program.run(inputs, dtype=torch.float32, device=device).values()))
+        return first
     if program.kind == "encoder" and first.dim() == 3:
         return mean_pool(first, torch.ones(first.shape[:2]))
     return first.flatten(1) if first.dim() > 1 else first.reshape(1, -1)

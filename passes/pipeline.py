@@ -138,6 +138,8 @@ class Pipeline:
         again = self.check and bool(program.origin.passes)
         captured = program.origin.reference() if again else program
         reference = Reference(captured, context)
+        if not captured.origin.passes:
+            context.remember(captured)
         passes = list(self.passes)
         if not passes or not isinstance(passes[0], Canonicalize):
             passes.insert(0, Canonicalize())
@@ -219,7 +221,7 @@ def _judge(pass_: Pass, before: Program, after: Program, reference: Reference) -
         case Fidelity.BITWISE:
             measured = judge_bitwise(before, after, pass_.name)
         case Fidelity.ROUNDING:
-            measured = judge_rounding(before, after, pass_.name)
+            measured = judge_rounding(before, after, pass_.name, pass_.kept)
         case Fidelity.LOSSY:
             measured = reference.measure(after)
             judge_finite(measured, before, after, pass_.name)

@@ -24,7 +24,7 @@ from modelathe.passes import (
     TieBlocks,
 )
 from modelathe.passes.canonical import formulas
-from modelathe.passes.norms import fold_norms
+from modelathe.passes.norms import gains
 from modelathe.passes.tying import tie_blocks
 from support.edits import EDITS
 from support.models import context, program
@@ -197,7 +197,7 @@ def without_old_bias(weight: Tensor, shift: Tensor, bias: Tensor | None = None) 
 def test_a_wrong_fold_is_caught(
     monkeypatch: pytest.MonkeyPatch, attribute: str, function: Callable[..., Tensor]
 ) -> None:
-    monkeypatch.setattr(fold_norms, attribute, function)
+    monkeypatch.setattr(gains, attribute, function)
     with pytest.raises(
         FidelityError, match=r"fold-norms: .*\(aten.linear of layers.0.up\)"
     ) as caught:

@@ -40,9 +40,13 @@ REQUIRED: dict[str, dict[str, object]] = {
     "tie-blocks": {"unique": 1},
     "quantize-weights": {"group_size": 8, "embedding_bits": 8},
     "convert-dtype": {"to": "bfloat16"},
+    "heal": {"steps": 1, "batch": 24, "length": 12, "mix": 0.0, "weights": "norms"},
 }
 # Why a second run changes something again.
-RUNS_AGAIN = {"prune-blocks": "the blocks that are left are counted anew, and one more goes"}
+RUNS_AGAIN = {
+    "prune-blocks": "the blocks that are left are counted anew, and one more goes",
+    "heal": "it trains on",
+}
 
 PASSES = {kind.name: kind(**REQUIRED.get(kind.name, {})) for kind in ALL_PASSES}
 KINDS = {kind.name: kind for kind in ALL_PASSES}

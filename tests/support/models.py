@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from modelathe.ir import Program, capture
 from modelathe.passes import Canonicalize, PassContext, TokenWindows
+from support.batch_norms import ConvNorms, RepTokens, pixels
+from support.streams import BareNorms, FusedAttention
 
 VOCABULARY = 48
 LENGTH = 32  # the longest text that the transformers models are made for
@@ -31,11 +33,13 @@ class Case:
         build: makes the module; weights are perturbed afterwards.
         inputs: example inputs; None for a transformers model, which needs none.
         dynamic: as ``torch.export.export`` takes it.
+        output: the name of the only output of a plain module.
     """
 
     build: Callable[[], nn.Module]
     inputs: tuple[Tensor, ...] | None = None
     dynamic: Any = None
+    output: str = "output"
 
     def module(self) -> nn.Module:
         """Return a fresh module; the same weights every time."""
@@ -58,6 +62,10 @@ def perturb(model: nn.Module, seed: int = 0) -> None:
                 parameter.copy_(noise * parameter[0].numel() ** -0.5)
             else:
                 parameter.add_(0.3 * noise)
+        for name, statistic in model.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                noise = torch.randn(statistic.shape, generator=generator).to(statistic.dtype)
+                statistic.add_(noise) if name.endswith("mean") else statistic.mul_(noise.exp())
 
 
 class NormMlp(nn.Module):
@@ -171,6 +179,19 @@ class TiedHead(nn.Module):
         return result
 
 
+class TokenNorm(nn.Module):
+    """Embedding, norm and a head of its own, for passes that calibrate on tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(VOCABULARY, 8), nn.LayerNorm(8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        result: Tensor = self.head(self.norm(self.embed(input_ids)))
+        return result
+
+
 @dataclass(frozen=True)
 class Transformer:
     """Builds a transformers model from a tiny configuration."""
@@ -261,6 +282,11 @@ MODELS: dict[str, Case] = {
     "hand-written": Case(HandWritten, (torch.ones(2, 3, 8),)),
     "tied-head": Case(TiedHead, _IDS, _ID_SIZES),
     "tied-blocks": Case(TiedBlocks, _IDS, _ID_SIZES),
+    "token-norm": Case(TokenNorm, _IDS, _ID_SIZES),
+    "bare-norms": Case(BareNorms, _IDS, _ID_SIZES, "logits"),
+    "fused-attention": Case(FusedAttention, (torch.ones(2, 3, 8),)),
+    "conv-norms": Case(ConvNorms, pixels(), _ROWS),
+    "rep-tokens": Case(RepTokens, pixels(), _ROWS),
     **TRANSFORMERS,
 }
 
@@ -275,7 +301,10 @@ def module(name: str) -> nn.Module:
 def program(name: str) -> Program:
     """Return a model as it is captured, under its name here."""
     case = MODELS[name]
-    return capture(module(name), case.inputs, case.dynamic)
+    found = capture(module(name), case.inputs, case.dynamic)
+    names = {"output": case.output}
+    renamed = {graph: signature.renamed(names) for graph, signature in found.signatures.items()}
+    return replace(found, signatures=renamed)
 
 
 @functools.cache

@@ -8,6 +8,8 @@ from torch import Tensor, fx, nn
 
 from modelathe.ir import (
     Attention,
+    BatchNorm,
+    Convolution,
     Embedding,
     Linear,
     Norm,
@@ -22,7 +24,16 @@ from modelathe.passes import QuantizeWeights
 from support.feeds import feed
 from support.models import canonical, program
 
-VIEWS = (Attention, Embedding, Linear, Norm, QuantizedEmbedding, QuantizedLinear)
+VIEWS = (
+    Attention,
+    BatchNorm,
+    Convolution,
+    Embedding,
+    Linear,
+    Norm,
+    QuantizedEmbedding,
+    QuantizedLinear,
+)
 aten = torch.ops.aten
 
 
@@ -41,6 +52,8 @@ def test_each_call_has_one_view_at_most() -> None:
     quantized = QuantizeWeights(group_size=8)(program("tied-head")).program
     assert views(quantized) == ["QuantizedEmbedding", "Norm", "QuantizedLinear"]
     assert views(canonical("llama")).count("Attention") == 2
+    folds = ["Convolution", "BatchNorm"] * 2
+    assert views(program("conv-norms")) == [*folds, "BatchNorm", "Linear"]
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -134,3 +147,67 @@ def test_quantised_calls_say_their_type() -> None:
     assert linear.codes.target == table.codes.target
     assert linear.bias is None
     assert table.ids.op == "placeholder"
+
+
+def test_a_batch_norm_by_fixed_statistics() -> None:
+    copy = program("conv-norms").editable()
+    view = next(view for node in copy.graph.nodes if (view := BatchNorm.match(node)))
+    (output,) = view.outputs
+    assert output.args == (view.node, 0)
+    assert (view.mean.target, view.variance.target) == (
+        "stem_norm.running_mean",
+        "stem_norm.running_var",
+    )
+    assert view.gain is not None
+    assert view.gain.target == "stem_norm.weight"
+    assert view.eps == 1e-5
+    parts = (view.input, view.gain, view.bias, view.mean, view.variance)
+    for training in (False, True):
+        with copy.graph.inserting_after(view.variance):
+            node = copy.graph.call_function(
+                aten.batch_norm.default, (*parts, training, 0.1, 2e-5, False)
+            )
+        plain = BatchNorm.match(node)
+        assert (plain is None) == training
+        if plain is not None:
+            assert (plain.outputs, plain.gain, plain.eps) == ((node,), view.gain, 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("module", "dims", "groups", "transposed", "pads"),
+    [
+        (nn.Conv1d(4, 6, 3, groups=2), 1, 2, False, False),
+        (nn.Conv2d(4, 6, 3, padding=(0, 1)), 2, 1, False, True),
+        (nn.Conv2d(4, 6, 3, padding="same"), 2, 1, False, True),
+        (nn.Conv3d(4, 6, 1, padding="same"), 3, 1, False, False),
+        (nn.Conv2d(4, 6, 3, padding="valid"), 2, 1, False, False),
+        (nn.ConvTranspose2d(4, 6, 3, groups=2, dilation=2), 2, 2, True, False),
+    ],
+)
+def test_a_convolution(
+    module: nn.Module, dims: int, groups: int, transposed: bool, pads: bool
+) -> None:
+    x = torch.randn(2, 4, *[7] * dims)
+    copy = capture(module.eval(), (x,)).editable()
+    view = next(view for node in copy.graph.nodes if (view := Convolution.match(node)))
+    assert (view.groups, view.transposed, view.pads) == (groups, transposed, pads)
+    assert view.bias is not None
+    before = copy.run({"input": x})["output"]
+    view.set_weights(view.weight, None)
+    verify(copy)
+    after = copy.run({"input": x})["output"]
+    bias = copy.weight(view.bias).load().reshape(-1, *[1] * dims)
+    torch.testing.assert_close(after + bias, before)
+
+
+def test_the_general_convolution() -> None:
+    copy = program("conv-norms").editable()
+    view = next(view for node in copy.graph.nodes if (view := Convolution.match(node)))
+    for transposed in (False, True):
+        settings = ([1, 1], [0, 0], [1, 1], transposed, [0, 0], 3)
+        args = (view.input, view.weight, view.bias, *settings)
+        with copy.graph.inserting_after(view.node):
+            node = copy.graph.call_function(aten.convolution.default, args)
+        found = Convolution.match(node)
+        assert found is not None
+        assert (found.transposed, found.groups, found.pads) == (transposed, 3, False)

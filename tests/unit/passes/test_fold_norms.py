@@ -182,3 +182,25 @@ def test_a_pipeline_measures_next_to_nothing() -> None:
     error = result.steps[-1].measured.error
     assert error is not None
     assert error <= EXACT
+
+
+def test_gains_written_one_plus_w_are_folded_whole() -> None:
+    before = canonical("gemma3")
+    after = FoldNorms()(before).program
+    state = {name: value.double() for name, value in module("gemma3").state_dict().items()}
+    name = "model.layers.0.self_attn.q_proj.weight"
+    gain = 1 + state["model.layers.0.input_layernorm.weight"]
+    found = after.weights[f"{name}.folded"].load(torch.float64)
+    assert torch.equal(found, state[name] * gain)
+
+
+def test_norms_of_queries_and_keys_are_left_alone() -> None:
+    result = FoldNorms()(canonical("gemma3"))
+    said = [r for r in result.remarks if "normalises queries or keys" in r.message]
+    assert len(said) == 2 * 3
+    assert {remark.kind for remark in said} == {"missed"}
+
+
+def test_a_program_without_norms_says_so() -> None:
+    result = FoldNorms()(small(lambda: nn.Linear(8, 8)))
+    assert kinds(result.remarks) == ["missed: main: gains: no norm has a gain or a bias"]

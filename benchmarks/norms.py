@@ -1,0 +1,161 @@
+"""What removing norms costs before and after healing, and how much faster the model is then.
+
+    python -m modelathe.demo.train --shape gpt2 --output TWIN --minutes 45
+    python benchmarks/norms.py TWIN [--second FILE] [--tokens 200000,1000000] [--out FOLDER]
+
+For a LayerNorm decoder, and for the demo model (RMSNorm): rise of the cross-entropy in nats on the
+held-out text of the healing source (the demo's, other modules than it heals on) and on a second
+source, norms left, and latency in ONNX Runtime as a ratio to the untouched model (below 1 is
+faster, medians of alternating runs) at three lengths.  Learning curves go to FOLDER.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import math
+import statistics
+import tempfile
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modelathe.backends import Onnx, open_artifact
+from modelathe.backends.curves import draw_curves
+from modelathe.demo import CALIBRATION_TEXT, HELDOUT_TEXT
+from modelathe.ir import Norm, Program, capture
+from modelathe.passes import PassContext, Pipeline
+from modelathe.passes.fidelity import Reference
+from modelathe.passes.probes import empty_cache, feeds
+
+LENGTHS = (16, 128, 512)
+_NORMS = ("LayerNormalization", "RMSNormalization", "ReduceMean", "SimplifiedLayerNormalization")
+
+
+def rise(original: Program, program: Program, context: PassContext, text: Path) -> float:
+    """Return by how many nats per token the cross-entropy on a text is higher."""
+    measured = Reference(original, replace(context.fresh(), check_text=text)).measure(program)
+    assert measured.perplexity is not None
+    assert measured.reference_perplexity is not None
+    return math.log(measured.perplexity / measured.reference_perplexity)
+
+
+def norms_left(program: Program) -> int:
+    """Return how many norms the graph has."""
+    return sum(bool(Norm.match(node)) for graph in program.graphs.values() for node in graph.nodes)
+
+
+def latencies(programs: dict[str, Program], folder: Path) -> dict[str, Any]:
+    """Return medians of paired ratios to the first program by length, and norm nodes in ONNX."""
+    import onnx
+
+    sessions, counts = {}, {}
+    for name, program in programs.items():
+        place = folder / name
+        Onnx().lower(program, check=False).save(place)
+        kinds = collections.Counter(n.op_type for n in onnx.load(place / "model.onnx").graph.node)
+        counts[name] = {"nodes": sum(kinds.values()), "norms": sum(kinds[k] for k in _NORMS)}
+        sessions[name] = open_artifact(place)
+    first = next(iter(programs.values()))
+    ratios: dict[str, dict[int, float]] = {name: {} for name in programs}
+    for length in LENGTHS:
+        tokens = torch.randint(int(first.config["vocab_size"]), (1, length))
+        inputs = {
+            k: v.float() if v.is_floating_point() else v
+            for k, v in feeds(first, tokens, empty_cache(first, 1), 0).items()
+        }
+        given = {name: value.numpy() for name, value in inputs.items()}
+        times: dict[str, list[float]] = {name: [] for name in programs}
+        for turn in range(60):
+            for name, session in sessions.items():
+                started = time.perf_counter()
+                session.run(given)
+                if turn >= 10:
+                    times[name].append(time.perf_counter() - started)
+        base = next(iter(times.values()))
+        for name, values in times.items():
+            ratios[name][length] = statistics.median(
+                v / b for v, b in zip(values, base, strict=True)
+            )
+    return {name: {"ratios": ratios[name], **counts[name]} for name in programs}
+
+
+def study(model: str, runs: dict[str, str], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run every pipeline on a model and print one row for each."""
+    original = capture(model)
+    context = PassContext(
+        calibration=CALIBRATION_TEXT, calibration_samples=64, check_tokens=arguments.check_tokens
+    )
+    texts = {"held-out": HELDOUT_TEXT}
+    if arguments.second:
+        texts["second"] = Path(arguments.second)
+    programs: dict[str, Program] = {}
+    rows: dict[str, Any] = {}
+    plain = Pipeline.parse("canonicalize", context=context, check=False)(original).program
+    programs["untouched"] = plain
+    for name, text in runs.items():
+        started = time.perf_counter()
+        result = Pipeline.parse(text, context=context, check=False)(original)
+        row: dict[str, Any] = {
+            "pipeline": text,
+            "norms": norms_left(result.program),
+            "seconds": round(time.perf_counter() - started),
+            **{f"rise, {n}": rise(original, result.program, context, t) for n, t in texts.items()},
+        }
+        steps = [step.summary() for step in result.steps]
+        row["curve"] = [s["details"]["curve"] for s in steps if "details" in s]
+        if arguments.out:
+            place = Path(arguments.out) / f"{Path(model).name}-{name}".replace(" ", "-")
+            place.mkdir(parents=True, exist_ok=True)
+            draw_curves(steps, place)
+        rows[name], programs[name] = row, result.program
+        shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+        shown.pop("curve")
+        print(json.dumps(shown), flush=True)
+        for curve in row["curve"]:
+            for point in curve:
+                print("   ", {k: round(v, 4) for k, v in point.items()}, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, found in latencies(programs, Path(folder)).items():
+            rows.setdefault(name, {}).update(found)
+            print(name, json.dumps(found), flush=True)
+    return rows
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("twin")
+    parser.add_argument("--second", help="a text of another source")
+    parser.add_argument("--tokens", default="200000,1000000")
+    parser.add_argument("--check-tokens", type=int, default=32768)
+    parser.add_argument("--progressive", action="store_true", help="the paper's schedule too")
+    parser.add_argument("--skip-demo", action="store_true")
+    parser.add_argument("--out", help="a folder for the curves and figures")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    tokens = [int(text) for text in arguments.tokens.split(",") if text]
+    runs = {"frozen": "remove-norms{untie=true}", "frozen, head tied": "remove-norms"}
+    for count in tokens:
+        heal = f"heal{{tokens={count}}}"
+        runs[f"healed {count}"] = f"remove-norms{{untie=true}},{heal}"
+        if arguments.progressive:
+            marked = "remove-norms{schedule=progressive untie=true}"
+            runs[f"progressive {count}"] = f"{marked},{heal}"
+    found = {"twin": study(arguments.twin, runs, arguments)}
+    if not arguments.skip_demo:
+        kept = {n: t for n, t in runs.items() if not n.endswith(str(tokens[-1])) or len(tokens) < 2}
+        found["demo"] = study("demo", kept, arguments)
+    if arguments.out:
+        Path(arguments.out).mkdir(parents=True, exist_ok=True)
+        text = json.dumps(found, indent=1)
+        (Path(arguments.out) / "norms.json").write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

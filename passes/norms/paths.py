@@ -1,0 +1,203 @@
+"""Which way a norm's output goes: to queries and keys, to values, to an MLP or to the head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, fx
+
+from ...ir import Attention, ComputedWeight, Linear, Norm, Program, block_of, insert_call, is_weight
+from ...ir.calls import argument, aten
+
+Path = Literal["mlp", "query-key", "value", "final"]
+ORDER: tuple[Path, ...] = ("mlp", "query-key", "value", "final")
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """The linears of a graph that make the inputs of its attentions."""
+
+    query_key: frozenset[fx.Node]
+    value: frozenset[fx.Node]
+
+    @classmethod
+    def of(cls, graph: fx.Graph) -> Paths:
+        """Follow every attention's inputs back to the linears they come from."""
+        query_key: set[fx.Node] = set()
+        value: set[fx.Node] = set()
+        for node in graph.nodes:
+            if (attention := Attention.match(node)) is not None:
+                query_key |= _linears_behind(attention.query) | _linears_behind(attention.key)
+                value |= _linears_behind(attention.value)
+        return cls(frozenset(query_key), frozenset(value))
+
+    def path(self, linear: fx.Node) -> Path:
+        """Return the path that a reader of a norm belongs to; a fused one is query and key."""
+        if linear in self.query_key:
+            return "query-key"
+        if linear in self.value:
+            return "value"
+        return "final" if block_of(linear) is None else "mlp"
+
+
+def _linears_behind(node: fx.Node) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    seen: set[fx.Node] = set()
+    todo = [node]
+    while todo:
+        one = todo.pop()
+        if one in seen or one.op != "call_function":
+            continue
+        seen.add(one)
+        if Linear.match(one):
+            found.add(one)
+        else:
+            todo += one.all_input_nodes
+    return found
+
+
+def split_fused(program: Program, graph: fx.Graph) -> list[fx.Node]:
+    """Give the values a linear of their own where one linear makes queries, keys and values.
+
+    ``split(W x + b, n)`` becomes one linear of the rows before the values and one of the values'
+    rows; the same numbers.  Returns the new value linears.  What is not cut into equal parts along
+    the last dimension, such as heads that interleave, stays as it is.
+    """
+    paths = Paths.of(graph)
+    made = []
+    for node in list(paths.query_key & paths.value):
+        parts = _parts(node)
+        if parts is not None and (value := _value_part(graph, parts)) is not None:
+            made.append(_split(program, graph, node, parts, value))
+    return made
+
+
+def _parts(node: fx.Node) -> list[fx.Node] | None:
+    """Return the equal parts that a linear's output is cut into, if that is all that reads it."""
+    linear = Linear.match(node)
+    if linear is None or not is_weight(linear.weight) or len(node.users) != 1:
+        return None
+    (cut,) = node.users
+    if cut.target not in (aten.split.Tensor, aten.chunk.default):
+        return None
+    dim = int(argument(cut, 2, "dim", 0))
+    if dim not in (-1, node.meta["val"].dim() - 1):
+        return None
+    values = cut.meta["val"]
+    width = int(node.meta["val"].shape[-1])
+    if any(int(value.shape[-1]) * len(values) != width for value in values):
+        return None
+    parts: list[fx.Node | None] = [None] * len(values)
+    for user in cut.users:
+        parts[int(argument(user, 1, "index"))] = user
+    return [part for part in parts if part is not None] if None not in parts else None
+
+
+def _value_part(graph: fx.Graph, parts: list[fx.Node]) -> int | None:
+    """Return which part alone becomes the values."""
+    reached: set[int] = set()
+    others: set[int] = set()
+    for node in graph.nodes:
+        if (attention := Attention.match(node)) is not None:
+            reached |= {i for i, part in enumerate(parts) if _comes_from(attention.value, part)}
+            for source in (attention.query, attention.key):
+                others |= {i for i, part in enumerate(parts) if _comes_from(source, part)}
+    return reached.pop() if len(reached) == 1 and not reached & others else None
+
+
+def _comes_from(node: fx.Node, source: fx.Node) -> bool:
+    todo, seen = [node], set()
+    while todo:
+        one = todo.pop()
+        if one is source:
+            return True
+        if one in seen or one.op != "call_function" or Linear.match(one):
+            continue
+        seen.add(one)
+        todo += one.all_input_nodes
+    return False
+
+
+def _split(
+    program: Program, graph: fx.Graph, node: fx.Node, parts: list[fx.Node], value: int
+) -> fx.Node:
+    """Replace a fused linear by one for each part; queries and keys keep one if they are first."""
+    linear = Linear.match(node)
+    assert linear is not None
+    (cut,) = node.users
+    made: list[fx.Node] = []
+    size = int(node.meta["val"].shape[-1]) // len(parts)
+    for number, part in enumerate(parts):
+        rows = (number * size, (number + 1) * size)
+        weights = [
+            None if source is None else _rows(program, graph, source, rows, node)
+            for source in (linear.weight, linear.bias)
+        ]
+        new = insert_call(
+            graph, aten.linear.default, (linear.input, *weights), before=node, like=node
+        )
+        part.replace_all_uses_with(new)
+        made.append(new)
+    for dead in (*parts, cut, node):
+        graph.erase_node(dead)
+    return made[value]
+
+
+def _rows(
+    program: Program, graph: fx.Graph, source: fx.Node, rows: tuple[int, int], before: fx.Node
+) -> fx.Node:
+    weight, name = program.weight(source), f"{source.target}.rows{rows[0]}"
+    first, last = rows
+
+    def cut(whole: Tensor) -> Tensor:
+        return whole[first:last]
+
+    shape = (last - first, *weight.shape[1:])
+    part = ComputedWeight(f"rows {first} {last}", (weight,), shape, weight.dtype, cut)
+    return program.weight_node(graph, program.add_weight(name, part), before=before)
+
+
+def path_of_norm(graph: fx.Graph, norm: Norm) -> Path:
+    """Return the first of the paths, in the order they are frozen, that read a norm."""
+    paths = Paths.of(graph)
+    return min((_path(paths, norm, user) for user in norm.node.users), key=ORDER.index)
+
+
+def separate(graph: fx.Graph, norm: Norm) -> None:
+    """Give each path that reads a norm a norm of its own, with the same gain and bias."""
+    paths = Paths.of(graph)
+    readers: dict[Path, list[fx.Node]] = {}
+    for user in list(norm.node.users):
+        readers.setdefault(_path(paths, norm, user), []).append(user)
+    for path in [path for path in ORDER if path in readers][1:]:
+        copy = insert_call(
+            graph,
+            norm.node.target,
+            tuple(norm.node.args),
+            dict(norm.node.kwargs),
+            before=norm.node.next,
+            like=norm.node,
+        )
+        for user in readers[path]:
+            user.replace_input_with(norm.node, copy)
+
+
+def rejoin(graph: fx.Graph) -> None:
+    """Make norms with the same input, gain and bias one again."""
+    seen: dict[tuple[object, ...], fx.Node] = {}
+    for node in list(graph.nodes):
+        norm = Norm.match(node)
+        if norm is None:
+            continue
+        names = tuple(part and part.target for part in (norm.gain, norm.bias))
+        first = seen.setdefault((node.target, norm.input, norm.eps, *names), node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+
+
+def _path(paths: Paths, norm: Norm, user: fx.Node) -> Path:
+    if Linear.match(user):
+        return paths.path(user)
+    return "final" if block_of(norm.node) is None else "mlp"

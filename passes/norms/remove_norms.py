@@ -1,0 +1,273 @@
+"""Replace norms by constants, and fold the constants into the weights around them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, cast
+
+from torch import fx
+
+from ...ir import Norm, PassError, Program, mark, marks_of
+from ..analysis.norm_deviations import Deviation, norm_deviations
+from ..base import Fidelity, PassContext, PassResult, Remark
+from ..context import reads_tokens
+from ..data import TokenWindows
+from ..fidelity import Reference
+from ..spec import to_spec
+from ..training.switches import SWITCH, Switch, SwitchingPass
+from .fold_norms import FoldNorms
+from .freezing import NO_MEAN, Constant, Freezer
+from .norm_switch import NormSwitch, turn
+from .paths import ORDER, Path, path_of_norm, rejoin, separate, split_fused
+from .residual import Stream
+from .tied_streams import center_stream, tied_stream
+
+# What a marked norm carries for its switch.
+_PATH, _USUAL, _FIRST = "path", "deviation", "first"
+_CHECK_WINDOWS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoveNorms(SwitchingPass):
+    """Replace the deviation that each norm divides by with a constant, and fold what is left.
+
+    With P = I - 1/d for a LayerNorm (P = I for an RMSNorm), gain g, bias b, and s the mean over
+    the calibration text's tokens of ``sqrt(mean((P x)**2) + eps)``::
+
+        n(x) = g * P x / sqrt(mean((P x)**2) + eps) + b   becomes   g * P x / s + b
+
+    which is affine, so it goes into the weights of the linears that read it: no norm is left.
+    First tokens of a text, which attention loads with several times the deviation, may have a
+    constant of their own: one product stays for it.  This only freezes; ``heal`` trains.
+
+    With ``schedule="progressive"`` outputs stay as they are: every norm gets a mark, one for each
+    path (MLP, query and key, value, final), and a following ``heal`` freezes them one by one while
+    it trains, with the deviation of the moment; then it folds.  With ``target_kl`` freezing ends
+    where the KL divergence passes it: on the calibration text, norm by norm in the same order, or
+    while healing, where a norm waits until the last step was below it.  What is frozen by then
+    stays frozen.
+
+    Refuses (``missed``) a LayerNorm that something else than a linear of its own reads, such as
+    the residual stream of a post-norm block, because the mean of its input stays; an RMSNorm there
+    leaves one product.  A norm that a tied head reads leaves one product and one sum, unless
+    ``untie``.
+
+    Attributes:
+        target_kl: nats per token at which to stop; none: freeze all.
+        first_position: give first tokens a constant of their own.
+        end_of_text: give end-of-text tokens that constant too, on the way to values.
+        schedule: all: freeze now; progressive: let ``heal`` freeze, norm by norm.
+        untie: give a tied head a folded copy of its own.
+
+    Source: arXiv 2507.02559.  The paper drops the constants of special tokens while it trains;
+    keeping the first token's, and stopping at a divergence, are ours.
+    """
+
+    name: ClassVar[str] = "remove-norms"
+    fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
+
+    target_kl: float | None = None
+    first_position: bool = True
+    end_of_text: bool = False
+    schedule: Literal["all", "progressive"] = "all"
+    untie: bool = False
+
+    def __post_init__(self) -> None:
+        if self.target_kl is not None and not self.target_kl > 0:
+            raise ValueError(f"target_kl is above 0, got {self.target_kl}")
+        if self.end_of_text and not self.first_position:
+            raise ValueError("end_of_text uses the first position's constant: first_position=true")
+
+    def requires(self, program: Program) -> None:
+        if not reads_tokens(program):
+            raise PassError(
+                f"remove-norms: {program.origin.model} ({program.kind}) reads no text, so its "
+                "norms cannot be measured",
+                remedy="fold what can be folded, with fold-norms",
+            )
+        if self.end_of_text and not isinstance(program.config.get("eos_token_id"), int):
+            raise PassError(
+                f"remove-norms: the configuration of {program.origin.model} names no end-of-text "
+                "token",
+                remedy="leave end-of-text out",
+            )
+
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        if self.schedule == "progressive" or self.end_of_text:
+            _separate_paths(program)
+        missed = _refusals(program, self.untie)
+        sites = {name: path for name, path in _sites(program).items() if name not in missed}
+        remarks = [Remark("missed", name, why) for name, why in missed.items()]
+        measured = norm_deviations(program, context).norms
+        if self.schedule == "progressive":
+            for graph in program.graphs.values():
+                for node in graph.nodes:
+                    if node.name in sites:
+                        found = measured[node.name]
+                        mark(node, SWITCH, to_spec(self))
+                        mark(node, _PATH, sites[node.name])
+                        mark(node, _USUAL, repr(found.usual))
+                        mark(node, _FIRST, repr(found.first))
+            if sites:
+                text = f"{len(sites)} norms marked: heal freezes them, nothing is removed before"
+                remarks.append(Remark("applied", "norms", text))
+            return PassResult(program, tuple(remarks))
+        plan = {name: self._constant(measured[name], path) for name, path in sites.items()}
+        result = self._within_target(program, plan, context)
+        return PassResult(result.program, (*remarks, *result.remarks))
+
+    def _constant(self, found: Deviation, path: Path) -> Constant:
+        first = found.first if self.first_position else None
+        return Constant(found.usual, first, self.end_of_text and path == "value")
+
+    def _within_target(
+        self, program: Program, plan: Mapping[str, Constant], context: PassContext
+    ) -> PassResult:
+        """Freeze as many norms, in their order, as the target allows."""
+        if self.target_kl is None:
+            return frozen(program, plan, self.untie)
+        names = list(plan)
+        windows = context.calibration_tokens(program)
+        some = TokenWindows.of(windows.tokens[:_CHECK_WINDOWS], windows.source)
+        reference = Reference(program, replace(context.fresh(), check_text=some))
+        low, high = 0, len(names)
+        while low < high:  # the divergence grows with what is frozen, near enough
+            middle = (low + high + 1) // 2
+            tried = frozen(program.editable(), _first(plan, middle), self.untie)
+            kl = reference.measure(tried.program).kl or 0.0
+            low, high = (middle, high) if kl <= self.target_kl else (low, middle - 1)
+        result = frozen(program, _first(plan, low), self.untie)
+        why = f"freezing it passes target-kl {self.target_kl:g}"
+        kept = tuple(Remark("missed", name, why) for name in names[low:])
+        return PassResult(result.program, (*result.remarks, *kept))
+
+    def make_switch(self, program: Program, node: fx.Node) -> Switch:
+        norm, marks = Norm.match(node), marks_of(node)
+        assert norm is not None
+        first = None if marks[_FIRST] == "None" else float(marks[_FIRST])
+        end = program.config.get("eos_token_id")
+        path = cast(Path, marks[_PATH])
+        return NormSwitch(
+            norm,
+            path,
+            Deviation(float(marks[_USUAL]), first),
+            self.first_position,
+            self.end_of_text and path == "value",
+            end if isinstance(end, int) else None,
+        )
+
+    def turn(self, switches: Mapping[fx.Node, Switch], step: int, steps: int, loss: float) -> None:
+        found = {node: s for node, s in switches.items() if isinstance(s, NormSwitch)}
+        turn(found, step, steps, self.target_kl, loss)
+
+    def settle(self, program: Program, switches: Mapping[str, Switch]) -> PassResult:
+        plan = {}
+        kept = []
+        for name, switch in switches.items():
+            assert isinstance(switch, NormSwitch)
+            if switch.frozen:
+                plan[name] = switch.constant
+            else:
+                why = "still live when healing ended: " + (
+                    "the run was too short"
+                    if self.target_kl is None
+                    else f"freezing it passes target-kl {self.target_kl:g}"
+                )
+                kept.append(Remark("missed", name, why))
+        for graph in program.graphs.values():
+            for node in graph.nodes:
+                if node.name in switches:
+                    for key in (SWITCH, _PATH, _USUAL, _FIRST):
+                        mark(node, key, None)
+        result = frozen(program, plan, self.untie)
+        return PassResult(result.program, (*result.remarks, *kept))
+
+
+def _first(plan: Mapping[str, Constant], count: int) -> dict[str, Constant]:
+    return dict(list(plan.items())[:count])
+
+
+def _separate_paths(program: Program) -> None:
+    for graph in program.graphs.values():
+        split_fused(program, graph)
+        for node in list(graph.nodes):
+            if (norm := Norm.match(node)) is not None:
+                separate(graph, norm)
+
+
+def _sites(program: Program) -> dict[str, Path]:
+    """Return the path of each norm, by name, in the order they are frozen."""
+    found = {
+        node.name: path_of_norm(graph, norm)
+        for graph in program.graphs.values()
+        for node in graph.nodes
+        if (norm := Norm.match(node)) is not None and node.users
+    }
+    return dict(sorted(found.items(), key=lambda site: ORDER.index(site[1])))
+
+
+def _refusals(program: Program, untie: bool) -> dict[str, str]:
+    """Return why norms cannot be frozen, by name."""
+    trial = program.editable()
+    FoldNorms(untie=untie).run(trial, PassContext())
+    freezer = Freezer(trial)
+    return {
+        norm.node.name: why
+        for norm in _norms(trial)
+        if (why := freezer.can(norm)) and not (_keeps_mean(why) and _stream(trial, norm))
+    }
+
+
+def _keeps_mean(why: str) -> bool:
+    return NO_MEAN in why
+
+
+def _stream(program: Program, norm: Norm) -> Stream | None:
+    """Return the stream that a norm reads where its mean can be taken out."""
+    stream = tied_stream(program, norm)
+    return None if stream.reason else stream
+
+
+def _norms(program: Program) -> list[Norm]:
+    nodes = [node for graph in program.graphs.values() for node in graph.nodes]
+    return [norm for node in nodes if (norm := Norm.match(node)) is not None]
+
+
+def frozen(program: Program, plan: Mapping[str, Constant], untie: bool) -> PassResult:
+    """Return a program with the norms of ``plan`` replaced by their constants.
+
+    Args:
+        program: an editable copy.
+        plan: what each norm divides by, by name of its call.
+        untie: fold into a copy of a weight that is read elsewhere.
+    """
+    if not plan:
+        return PassResult(program)
+    folded = FoldNorms(untie=untie).run(program, PassContext())
+    program = folded.program
+    freezer = Freezer(program)
+    remarks = [remark for remark in folded.remarks if "untied" in remark.message]
+    sites = [norm for norm in _norms(program) if norm.node.name in plan]
+    centred = set()
+    for norm in sites:
+        if (why := freezer.can(norm)) and _keeps_mean(why):
+            stream = _stream(program, norm)
+            assert stream is not None
+            center_stream(program, stream)
+            centred.add(norm.node.name)
+    for norm in sites:
+        constant = plan[norm.node.name]
+        now = Norm.match(norm.node)  # its input may be a centred value now
+        assert now is not None
+        left = freezer.freeze(norm.node.graph, now, constant, norm.node.name in centred)
+        text = f"divides by {constant.usual:.4g}"
+        if constant.first is not None:
+            text += f", first tokens by {constant.first:.4g}"
+        remarks.append(Remark("applied", norm.node.name, text))
+        if left:
+            remarks.append(Remark("missed", norm.node.name, f"leaves {left}"))
+    for graph in program.graphs.values():
+        rejoin(graph)
+    program.clean()
+    return PassResult(program, tuple(remarks))

@@ -1,0 +1,50 @@
+"""``inspect`` of a program: where its norms stand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modelathe.cli.inspect import norms_text
+from modelathe.ir import save_program
+from support.models import program
+
+
+def block(placement: str, kinds: list[str], special: list[str] | None = None) -> dict[str, Any]:
+    return {"placement": placement, "kinds": kinds, "query_key": special or []}
+
+
+PRE, BARE = block("pre", ["rms", "rms"]), block("none", [])
+MIXED = block("sandwich", ["layer", "rms"], ["rms_norm"])
+
+
+@pytest.mark.parametrize(
+    ("graphs", "text"),
+    [
+        ({"main": [PRE, PRE]}, "pre (rms) in every block"),
+        ({"main": [PRE, PRE, BARE]}, "pre (rms) in blocks 0-1; none in block 2"),
+        (
+            {"main": [MIXED]},
+            "sandwich (layer and rms, with norms of queries and keys) in every block",
+        ),
+        (
+            {"encoder": [PRE], "decoder": [BARE]},
+            "encoder: pre (rms) in every block; decoder: none in every block",
+        ),
+        ({"main": []}, None),
+    ],
+)
+def test_blocks_that_are_alike_are_one_phrase(graphs: dict[str, Any], text: str | None) -> None:
+    assert norms_text({name: {"blocks": blocks} for name, blocks in graphs.items()}) == text
+
+
+def test_inspect_shows_where_norms_stand(tmp_path: Path, cli: Callable[..., Any]) -> None:
+    """Also of a program that is as it was captured, with its norms written out by hand."""
+    save_program(program("llama"), tmp_path)
+    assert "pre (rms) in every block" in cli("inspect", tmp_path).out
+    found = cli("inspect", tmp_path, "--json").json["norms"]["main"]
+    assert [each["placement"] for each in found["blocks"]] == ["pre", "pre"]
+    assert len(found["outside"]) == 1
