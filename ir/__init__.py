@@ -44,6 +44,7 @@ from .program import (
     Origin,
     Program,
     Signature,
+    call_key,
     parameter_count,
     stored_bytes,
 )
@@ -94,6 +95,7 @@ __all__ = [
     "Weight",
     "Weights",
     "block_of",
+    "call_key",
     "call_name",
     "capture",
     "cast_weight",

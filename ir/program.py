@@ -211,6 +211,11 @@ class Program:
         return Bound(self, graph, dtype)
 
 
+def call_key(graph: str, node: fx.Node) -> str:
+    """Return what tells a call from all others of a program, whose graphs may share names."""
+    return node.name if graph == MAIN else f"{graph}.{node.name}"
+
+
 def stored_bytes(program: Program) -> int:
     """Return the bytes that all weights take, each counted once."""
     return sum(program.weights[name].bytes for name in program.weights)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
-from ...ir import Norm, Program, fingerprint
+from ...ir import Norm, Program, call_key, fingerprint
 from ..context import PassContext
 from ..outputs import predictions
 from ..probes import Inputs, seq2seq_batch
@@ -33,7 +33,7 @@ class NormDeviations:
     """What every norm divides by.
 
     Attributes:
-        norms: by name of the norm's call.
+        norms: by key of the norm's call (``call_key``).
         tokens: how many tokens were read.
         fingerprint: of the program that was measured.
     """
@@ -96,18 +96,18 @@ class _Meter:
     end: int | None
     tokens: Tensor = field(default_factory=lambda: torch.empty(0))
     sums: dict[str, list[float]] = field(default_factory=dict)
-    _norms: dict[fx.Node, list[Norm]] = field(default_factory=dict)
+    _norms: dict[fx.Node, list[tuple[str, Norm]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for graph in self.program.graphs.values():
+        for name, graph in self.program.graphs.items():
             for node in graph.nodes:
                 if (norm := Norm.match(node)) is not None:
-                    self._norms.setdefault(norm.input, []).append(norm)
+                    self._norms.setdefault(norm.input, []).append((call_key(name, node), norm))
 
     def observe(self, node: fx.Node, value: Tensor) -> None:
-        for norm in self._norms.get(node, ()):
+        for key, norm in self._norms.get(node, ()):
             found = deviation(value, norm.kind, norm.eps).double()
-            sums = self.sums.setdefault(norm.node.name, [0.0, 0, 0.0, 0])
+            sums = self.sums.setdefault(key, [0.0, 0, 0.0, 0])
             if found.shape != self.tokens.shape:
                 sums[0] += float(found.sum())
                 sums[1] += found.numel()

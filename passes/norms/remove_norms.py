@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, cast
 
 from torch import fx
 
-from ...ir import Norm, PassError, Program, mark, marks_of
+from ...ir import Norm, PassError, Program, call_key, mark, marks_of
 from ..analysis.norm_deviations import Deviation, norm_deviations
 from ..base import Fidelity, PassContext, PassResult, Remark
 from ..context import reads_tokens
@@ -101,14 +101,12 @@ class RemoveNorms(SwitchingPass):
         remarks = [Remark("missed", name, why) for name, why in missed.items()]
         measured = norm_deviations(program, context).norms
         if self.schedule == "progressive":
-            for graph in program.graphs.values():
-                for node in graph.nodes:
-                    if node.name in sites:
-                        found = measured[node.name]
-                        mark(node, SWITCH, to_spec(self))
-                        mark(node, _PATH, sites[node.name])
-                        mark(node, _USUAL, repr(found.usual))
-                        mark(node, _FIRST, repr(found.first))
+            for key, norm in _norms(program).items():
+                if key in sites:
+                    mark(norm.node, SWITCH, to_spec(self))
+                    mark(norm.node, _PATH, sites[key])
+                    mark(norm.node, _USUAL, repr(measured[key].usual))
+                    mark(norm.node, _FIRST, repr(measured[key].first))
             if sites:
                 text = f"{len(sites)} norms marked: heal freezes them, nothing is removed before"
                 remarks.append(Remark("applied", "norms", text))
@@ -175,11 +173,10 @@ class RemoveNorms(SwitchingPass):
                     else f"freezing it passes target-kl {self.target_kl:g}"
                 )
                 kept.append(Remark("missed", name, why))
-        for graph in program.graphs.values():
-            for node in graph.nodes:
-                if node.name in switches:
-                    for key in (SWITCH, _PATH, _USUAL, _FIRST):
-                        mark(node, key, None)
+        for key, norm in _norms(program).items():
+            if key in switches:
+                for name in (SWITCH, _PATH, _USUAL, _FIRST):
+                    mark(norm.node, name, None)
         result = frozen(program, plan, self.untie)
         return PassResult(result.program, (*result.remarks, *kept))
 
@@ -197,24 +194,23 @@ def _separate_paths(program: Program) -> None:
 
 
 def _sites(program: Program) -> dict[str, Path]:
-    """Return the path of each norm, by name, in the order they are frozen."""
+    """Return the path of each norm, by key, in the order they are frozen."""
     found = {
-        node.name: path_of_norm(graph, norm)
-        for graph in program.graphs.values()
-        for node in graph.nodes
-        if (norm := Norm.match(node)) is not None and node.users
+        key: path_of_norm(norm.node.graph, norm)
+        for key, norm in _norms(program).items()
+        if norm.node.users
     }
     return dict(sorted(found.items(), key=lambda site: ORDER.index(site[1])))
 
 
 def _refusals(program: Program, untie: bool) -> dict[str, str]:
-    """Return why norms cannot be frozen, by name."""
+    """Return why norms cannot be frozen, by key."""
     trial = program.editable()
     FoldNorms(untie=untie).run(trial, PassContext())
     freezer = Freezer(trial)
     return {
-        norm.node.name: why
-        for norm in _norms(trial)
+        key: why
+        for key, norm in _norms(trial).items()
         if (why := freezer.can(norm)) and not (_keeps_mean(why) and _stream(trial, norm))
     }
 
@@ -229,9 +225,14 @@ def _stream(program: Program, norm: Norm) -> Stream | None:
     return None if stream.reason else stream
 
 
-def _norms(program: Program) -> list[Norm]:
-    nodes = [node for graph in program.graphs.values() for node in graph.nodes]
-    return [norm for node in nodes if (norm := Norm.match(node)) is not None]
+def _norms(program: Program) -> dict[str, Norm]:
+    """Return every norm by the key of its call."""
+    return {
+        call_key(name, node): norm
+        for name, graph in program.graphs.items()
+        for node in graph.nodes
+        if (norm := Norm.match(node)) is not None
+    }
 
 
 def frozen(program: Program, plan: Mapping[str, Constant], untie: bool) -> PassResult:
@@ -239,7 +240,7 @@ def frozen(program: Program, plan: Mapping[str, Constant], untie: bool) -> PassR
 
     Args:
         program: an editable copy.
-        plan: what each norm divides by, by name of its call.
+        plan: what each norm divides by, by key of its call.
         untie: fold into a copy of a weight that is read elsewhere.
     """
     if not plan:
@@ -248,25 +249,25 @@ def frozen(program: Program, plan: Mapping[str, Constant], untie: bool) -> PassR
     program = folded.program
     freezer = Freezer(program)
     remarks = [remark for remark in folded.remarks if "untied" in remark.message]
-    sites = [norm for norm in _norms(program) if norm.node.name in plan]
+    sites = {key: norm for key, norm in _norms(program).items() if key in plan}
     centred = set()
-    for norm in sites:
+    for key, norm in sites.items():
         if (why := freezer.can(norm)) and _keeps_mean(why):
             stream = _stream(program, norm)
             assert stream is not None
             center_stream(program, stream)
-            centred.add(norm.node.name)
-    for norm in sites:
-        constant = plan[norm.node.name]
+            centred.add(key)
+    for key, norm in sites.items():
+        constant = plan[key]
         now = Norm.match(norm.node)  # its input may be a centred value now
         assert now is not None
-        left = freezer.freeze(norm.node.graph, now, constant, norm.node.name in centred)
+        left = freezer.freeze(norm.node.graph, now, constant, key in centred)
         text = f"divides by {constant.usual:.4g}"
         if constant.first is not None:
             text += f", first tokens by {constant.first:.4g}"
-        remarks.append(Remark("applied", norm.node.name, text))
+        remarks.append(Remark("applied", key, text))
         if left:
-            remarks.append(Remark("missed", norm.node.name, f"leaves {left}"))
+            remarks.append(Remark("missed", key, f"leaves {left}"))
     for graph in program.graphs.values():
         rejoin(graph)
     program.clean()

@@ -28,7 +28,7 @@ from .adapters import LowRank, add_low_rank, merged_weight
 from .batches import Batches, training_batches
 from .optimizers import depth_shares, make_optimizer
 from .penalty import deviation_penalty
-from .switches import Switch, marked_passes, put_switches
+from .switches import Switch, by_key, marked_passes, put_switches
 from .trainer import Plan, Record, Student, Trainer
 
 Trained = Literal["full", "lora", "norms", "scales"]
@@ -168,7 +168,7 @@ class Heal(Pass):
         _put_back(program, student, updates, trained)
         remarks = [Remark("applied", "weights", _summary(record, steps, batches, len(trained)))]
         for text, pass_ in marked_passes(program).items():
-            settled = pass_.settle(program, {n.name: s for n, s in switches[text].items()})
+            settled = pass_.settle(program, by_key(trainee, switches[text]))
             program = settled.program
             remarks += settled.remarks
         details = {"curve": record.curve, "steps": record.step, "rate": rate}

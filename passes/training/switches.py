@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ...ir import Program, marks_of
+from ...ir import Program, call_key, marks_of
 from ..base import Pass, PassResult
 from ..spec import parse
 
@@ -64,7 +64,7 @@ class SwitchingPass(Pass):
 
         Args:
             program: an editable copy with the trained weights, still marked.
-            switches: by name of the marked call.
+            switches: by key of the marked call (``call_key``).
         """
 
 
@@ -93,6 +93,16 @@ def marked_calls(program: Program, text: str) -> dict[fx.Node, str]:
         for name, graph in program.graphs.items()
         for node in graph.nodes
         if marks_of(node).get(SWITCH) == text
+    }
+
+
+def by_key(program: Program, switches: Mapping[fx.Node, Switch]) -> dict[str, Switch]:
+    """Return switches by the keys of the calls whose place they have in ``program``."""
+    return {
+        call_key(name, node): switches[node]
+        for name, graph in program.graphs.items()
+        for node in graph.nodes
+        if node in switches
     }
 
 

@@ -118,6 +118,14 @@ def test_deviations_are_the_means_over_tokens(name: str) -> None:
         assert found[node].first == pytest.approx(float(value[:, 0].mean()), rel=1e-5)
 
 
+def test_both_graphs_of_an_encoder_decoder_are_measured_apart() -> None:
+    program = canonical("t5")
+    found = norm_deviations(program, context()).norms
+    assert len(found) == len(norms(program))
+    result = removed("t5", untie=True)
+    assert not norms(result.program)
+
+
 def test_a_tied_head_keeps_its_weight_and_the_norm_leaves_an_affine_map() -> None:
     result = removed("gpt2")
     assert not norms(result.program)

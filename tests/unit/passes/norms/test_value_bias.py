@@ -25,6 +25,7 @@ from support.numeric import EXACT
 
 F = nn.functional
 FOLD = FoldNorms(gains=False, value_bias=True)
+X = torch.ones(1, 1, 4, 2)
 
 
 def small(build: Callable[[], nn.Module], *shape: int) -> Program:
@@ -82,6 +83,16 @@ def test_cached_values_lose_the_bias_and_nothing_else_moves() -> None:
     after = checked(before).program
     with pytest.raises(FidelityError, match=r"output present.0.value is off"):
         judge_rounding(before, after, "here")
+
+
+def test_with_a_cache_or_padding_other_checks_judge() -> None:
+    outputs = {"logits": torch.ones(1, 1, 2), "present.0.key": X, "present.0.value": X}
+    mask = torch.ones(1, 4)
+    plain = {"attention_mask": mask, "past_key_values.0.value": X[:, :, :0]}
+    assert set(FOLD.kept(plain, outputs)) == {"logits", "present.0.key"}
+    assert FOLD.kept({**plain, "attention_mask": mask - 1}, outputs) == {}
+    assert FOLD.kept({**plain, "past_key_values.0.value": X}, outputs) == {}
+    assert set(FoldNorms().kept(plain, outputs)) == set(outputs)
 
 
 def test_a_pipeline_judges_what_is_kept() -> None:
