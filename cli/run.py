@@ -134,6 +134,7 @@ def command(
     screen = Screen(as_json=as_json)
     with screen.quiet_libraries(debug=debug):
         from ..backends.output import check_writable, kept_state, resumable
+        from ..ir import DataError
         from ..passes import Budget, PassContext, Pipeline
 
         context = PassContext(
@@ -155,6 +156,9 @@ def command(
         text = pipeline_text(pipeline)
         passes = Pipeline.parse(text, context=context, budget=budget, check=not no_check)
         backend = parse_backend(to)
+        for path in (check_text, None if calibration == "self" else calibration):
+            if path is not None and not Path(path).is_file():
+                raise DataError(f"cannot read {path}: no such file", remedy="check the path")
         if out is not None and not dry_run:
             check_writable(out, force=force)
         program = open_program(model, screen, revision=revision, allow_pickle=allow_pickle)

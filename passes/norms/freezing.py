@@ -153,6 +153,13 @@ def _divide(usual: float, centre: bool, weight: Tensor) -> Tensor:
     return (wide - wide.mean(-1, keepdim=True) if centre else wide) / usual
 
 
+def knows_first(graph: fx.Graph) -> bool:
+    """Tell whether a graph can tell the first token of a text from one that follows a cache."""
+    names = [str(node.target) for node in graph.find_nodes(op="placeholder")]
+    cached = any(name.startswith("past_key_values.") for name in names)
+    return "position_ids" in names or not cached
+
+
 def special_tokens(program: Program, graph: fx.Graph, norm: Norm, ends: bool) -> fx.Node:
     """Insert what is 1 at first positions (and end-of-text tokens) and 0 elsewhere.
 

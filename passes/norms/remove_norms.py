@@ -17,7 +17,7 @@ from ..fidelity import Reference
 from ..spec import to_spec
 from ..training.switches import SWITCH, Switch, SwitchingPass
 from .fold_norms import FoldNorms
-from .freezing import NO_MEAN, Constant, Freezer
+from .freezing import NO_MEAN, Constant, Freezer, knows_first
 from .norm_switch import NormSwitch, turn
 from .paths import ORDER, Path, path_of_norm, rejoin, separate, split_fused
 from .residual import Stream
@@ -86,6 +86,12 @@ class RemoveNorms(SwitchingPass):
                 "norms cannot be measured",
                 remedy="fold what can be folded, with fold-norms",
             )
+        if self.target_kl is not None and program.kind not in ("decoder", "encoder-decoder"):
+            raise PassError(
+                f"remove-norms: {program.origin.model} ({program.kind}) makes no logits, so "
+                "there is no divergence for target-kl",
+                remedy="leave target-kl out",
+            )
         if self.end_of_text and not isinstance(program.config.get("eos_token_id"), int):
             raise PassError(
                 f"remove-norms: the configuration of {program.origin.model} names no end-of-text "
@@ -99,7 +105,7 @@ class RemoveNorms(SwitchingPass):
         missed = _refusals(program, self.untie)
         sites = {name: path for name, path in _sites(program).items() if name not in missed}
         remarks = [Remark("missed", name, why) for name, why in missed.items()]
-        measured = norm_deviations(program, context).norms
+        measured = self._measured(program, context, remarks)
         if self.schedule == "progressive":
             for key, norm in _norms(program).items():
                 if key in sites:
@@ -115,9 +121,25 @@ class RemoveNorms(SwitchingPass):
         result = self._within_target(program, plan, context)
         return PassResult(result.program, (*remarks, *result.remarks))
 
+    def _measured(
+        self, program: Program, context: PassContext, remarks: list[Remark]
+    ) -> dict[str, Deviation]:
+        """Return what norms divide by; without first tokens' own where they cannot be told."""
+        measured = norm_deviations(program, context).norms
+        for name, graph in program.graphs.items():
+            if not self.first_position or knows_first(graph):
+                continue
+            why = "it has a cache and reads no positions: first tokens get no constant of their own"
+            remarks.append(Remark("missed", name, why))
+            for node in graph.nodes:
+                if (key := call_key(name, node)) in measured:
+                    measured[key] = replace(measured[key], first=None)
+        return measured
+
     def _constant(self, found: Deviation, path: Path) -> Constant:
         first = found.first if self.first_position else None
-        return Constant(found.usual, first, self.end_of_text and path == "value")
+        ends = self.end_of_text and path == "value" and first is not None
+        return Constant(found.usual, first, ends)
 
     def _within_target(
         self, program: Program, plan: Mapping[str, Constant], context: PassContext
@@ -133,7 +155,8 @@ class RemoveNorms(SwitchingPass):
         while low < high:  # the divergence grows with what is frozen, near enough
             middle = (low + high + 1) // 2
             tried = frozen(program.editable(), _first(plan, middle), self.untie)
-            kl = reference.measure(tried.program).kl or 0.0
+            kl = reference.measure(tried.program).kl
+            assert kl is not None
             low, high = (middle, high) if kl <= self.target_kl else (low, middle - 1)
         result = frozen(program, _first(plan, low), self.untie)
         why = f"freezing it passes target-kl {self.target_kl:g}"
@@ -244,6 +267,8 @@ def frozen(program: Program, plan: Mapping[str, Constant], untie: bool) -> PassR
         untie: fold into a copy of a weight that is read elsewhere.
     """
     if not plan:
+        for graph in program.graphs.values():
+            rejoin(graph)
         return PassResult(program)
     folded = FoldNorms(untie=untie).run(program, PassContext())
     program = folded.program

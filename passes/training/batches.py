@@ -110,8 +110,15 @@ def make_batches(
     Raises:
         DataError: there is too little to train on.
     """
-    share = 1.0 if text is None else 0.0 if generated is None else mix
+    share = 1.0 if text is None else mix
     own = round(rows * share)
+    if 0 < share < 1:
+        if rows < 2:
+            raise DataError(
+                f"a batch of one window of {length} tokens is text or generated, not mix={mix:g}",
+                remedy="use a larger batch=, a smaller length=, or mix=0.0",
+            )
+        own = min(max(own, 1), rows - 1)
     counts = {"text": rows - own, "generated": own}
     sources: dict[str, Windows] = {}
     held_out: dict[str, Tensor] = {}
@@ -172,12 +179,12 @@ def training_batches(
     if text is not None and text.tokens.shape[1] != length:
         text = TokenWindows(text.tokens.reshape(1, -1), text.source, text.sha256)
     share = 1.0 if alone else mix if program.kind == "decoder" else 0.0
+    rows = max(1, batch // length)
     generated = None
-    if share > 0:
+    if share == 1 or (share > 0 and rows > 1):
         wanted = min(_POOL_TOKENS, max(1, round(share * tokens)))
         samples = max(2, -(-wanted // length))
         generated = context.generated_text(program, samples, length)
-    rows = max(1, batch // length)
     return make_batches(text, generated, length=length, rows=rows, mix=share, seed=context.seed)
 
 

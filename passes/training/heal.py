@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -112,7 +113,7 @@ class Heal(Pass):
         for names, legal, said in _RANGES:
             for name in names:
                 value = getattr(self, name)
-                if value is not None and not legal(value):
+                if value is not None and not (legal(value) and math.isfinite(value)):
                     raise ValueError(f"{name} is {said}, got {value}")
 
     def requires(self, program: Program) -> None:
@@ -140,6 +141,8 @@ class Heal(Pass):
             f"switch.{i}.{n}": p for i, s in enumerate(turned) for n, p in s.named_parameters()
         }
         shares = depth_shares(program, self.layer_decay)
+        for name, update in updates.items():
+            shares |= {f"{name}.{part}": shares[name] for part, _ in update.named_parameters()}
         steps = self.steps or max(1, self.tokens // batches.tokens)
         rate = self._rate(program)
         optimizer = make_optimizer(
@@ -306,12 +309,13 @@ def _healed(name: str) -> str:
 
 
 def _summary(record: Record, steps: int, batches: Batches, count: int) -> str:
-    first, best = record.curve[0], min(record.curve[1:] or record.curve, key=_held_out)
+    first, last = _held_out(record.curve[0]), _held_out(record.curve[-1])
+    kept = record.best if math.isfinite(record.best) else last
     early = f" (stopped early, of {steps})" if record.step < steps else ""
     return (
         f"trained {count} tensors for {record.step} steps{early} on "
         f"{record.step * batches.tokens} tokens of {' and '.join(batches.sources)}: "
-        f"held-out loss {_held_out(first):.4g} -> {_held_out(best):.4g}"
+        f"held-out loss {first:.4g} -> {kept:.4g}"
     )
 
 

@@ -262,3 +262,15 @@ def test_the_paths_of_norms_are_found_in_the_graph() -> None:
     program = canonical("gpt2")
     found = [path_of_norm(program.graph, norm) for norm in norms(program)]
     assert found == ["query-key", "mlp"] * 2 + ["final"]
+
+
+def test_a_target_needs_logits() -> None:
+    with pytest.raises(PassError, match="no divergence"):
+        removed("bert", target_kl=0.1)
+
+
+def test_first_tokens_are_not_special_where_a_cache_hides_which_they_are() -> None:
+    result = removed("t5", untie=True)
+    (why,) = [r for r in result.remarks if "reads no positions" in r.message]
+    assert why.where == "decoder"
+    judge_consistency(canonical("t5"), result.program, "remove-norms")

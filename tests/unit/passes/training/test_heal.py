@@ -169,3 +169,31 @@ def test_a_budget_is_judged_after_healing_only() -> None:
     Pipeline(passes, context=context(), budget=between)(canonical("llama"))
     with pytest.raises(FidelityError, match="KL"):
         Pipeline(passes[:1], context=context(), budget=between)(canonical("llama"))
+
+
+def test_the_remark_says_what_was_kept() -> None:
+    hurt = heal(pruned("llama"), lr=30.0, warmup=0.0, patience=2)
+    first = hurt.details["curve"][0]["text"]
+    assert f"held-out loss {first:.4g} -> {first:.4g}" in hurt.remarks[0].message
+
+
+def test_layer_decay_rules_low_rank_updates_too() -> None:
+    runs = [heal(pruned("gemma3"), weights="lora", layer_decay=decay) for decay in (1.0, 1e-6)]
+    assert runs[0].details["curve"][-1] != runs[1].details["curve"][-1]
+
+
+def test_a_batch_of_one_window_cannot_be_mixed() -> None:
+    from modelathe.ir import DataError
+
+    with pytest.raises(DataError, match="mix"):
+        heal(pruned("llama"), mix=0.5, batch=8)
+
+
+def test_a_small_share_of_generated_text_is_not_rounded_away() -> None:
+    found = Heal(**{**SHORT, "mix": 0.05, "steps": 1})(pruned("llama"), context())
+    assert "generated" in found.details["curve"][0]
+
+
+def test_an_endless_rate_is_refused() -> None:
+    with pytest.raises(ValueError, match="lr"):
+        Heal(lr=float("inf"))
