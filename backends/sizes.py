@@ -21,16 +21,18 @@ class ProgramSizes:
         blocks: transformer layers, of all graphs together.
         parameters: numbers that the weights stand for; a quantised one counts once, its scale not.
         bytes: of everything that is stored, scales and zero points with it.
+        buffer_bytes: of what is stored and is no parameter, nor scale or zero point of one.
     """
 
     blocks: int
     parameters: int
     bytes: int
+    buffer_bytes: int = 0
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits for each parameter."""
-        return 8 * self.bytes / self.parameters if self.parameters else 0.0
+        """Stored bits for each parameter, buffers left out."""
+        return 8 * (self.bytes - self.buffer_bytes) / self.parameters if self.parameters else 0.0
 
 
 def program_sizes(program: Program) -> ProgramSizes:
@@ -46,7 +48,7 @@ def program_sizes(program: Program) -> ProgramSizes:
             meant[str(call.codes.target)] = rows * call.in_features
             others = (call.scales, call.zeros)
             extra |= {str(one.target) for one in others if one is not None}
-    parameters = total = 0
+    parameters = total = buffers = 0
     for name in program.weights:
         weight = program.weights[name]
         total += weight.bytes
@@ -54,5 +56,7 @@ def program_sizes(program: Program) -> ProgramSizes:
             parameters += meant[name]
         elif name not in extra and program.weights.is_parameter(name):
             parameters += math.prod(weight.shape)
+        elif name not in extra:
+            buffers += weight.bytes
     blocks = sum(len(find_blocks(graph)) for graph in program.graphs.values())
-    return ProgramSizes(blocks, parameters, total)
+    return ProgramSizes(blocks, parameters, total, buffers)
