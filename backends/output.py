@@ -113,7 +113,7 @@ def resumable(
             )
         if found and resume:
             _check_settings(state, settings)
-        elif found:
+        elif found:  # --force alone: start over
             for path in found:
                 path.unlink()
         (state / "run.json").write_text(json.dumps(dict(settings), indent=1) + "\n")
@@ -162,9 +162,13 @@ def _check_target(out: Path, target: Path, force: bool) -> None:
     if not target.is_dir():
         raise StorageError(f"{out}: is a file", remedy="choose another output folder with -o")
     if not force:
+        state = target.with_name(f"{target.name}.partial") / "state"
+        stopped = state.is_dir() and bool(kept_state(state))
         raise StorageError(
             f"{out}: exists already",
-            remedy="choose another folder with -o, or replace it with --force",
+            remedy="go on with the run that was to replace it with --force --resume"
+            if stopped
+            else "choose another folder with -o, or replace it with --force",
         )
 
 

@@ -66,6 +66,18 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_a_stopped_replacement_is_not_started_over_by_accident(
+    cli: Any, stop: Any, command: list[object]
+) -> None:
+    assert cli(*command).status == 0
+    stop(4)
+    assert cli(*command, "--force").status != 0
+    stop(None)
+    refused = cli(*command, "--resume")
+    assert "--force --resume" in refused.err
+    assert cli(*command, "--force", "--resume").status == 0
+
+
 def test_another_command_does_not_go_on_with_it(
     cli: Any, stop: Any, command: list[object], tmp_path: Path
 ) -> None:
