@@ -16,8 +16,8 @@ from torch import Tensor
 from ..ir import MAIN, DataError, FidelityError, Program, TensorWeight
 from .context import PassContext
 from .metrics import CosineTally, TokenTally, mean_pool
-from .outputs import predictions, runner
-from .probes import Inputs, probe, probes, seq2seq_batch
+from .outputs import BATCH_TOKENS, predictions, runner, token_batch
+from .probes import Inputs, probe, probes
 
 EXACT = 1e-9  # largest relative error in float64 of a rewrite that is equal in exact arithmetic
 _ROUNDED = 16  # units in the last place, where a pass stored weights that it rounded itself
@@ -290,9 +290,6 @@ class Reference:
         return Measured(cosine=found.cosine, cosine_min=found.cosine_min)
 
 
-_BATCH_TOKENS = 2048
-
-
 def _predicting(logits: Tensor) -> Tensor:
     return logits[:, :-1].flatten(0, 1)
 
@@ -304,12 +301,9 @@ def _batches(program: Program, context: PassContext) -> Iterator[Inputs]:
         for seed in range(4):
             yield probe(program, MAIN, seed, batch=2, sequence=16, past=0)
         return
-    step = max(1, _BATCH_TOKENS // windows.tokens.shape[1])
+    step = max(1, BATCH_TOKENS // windows.tokens.shape[1])
     for number, rows in enumerate(torch.split(windows.tokens, step)):
-        if program.kind == "encoder-decoder":
-            yield seq2seq_batch(program, rows, number)
-        else:
-            yield {"input_ids": rows}
+        yield token_batch(program, rows, number)
 
 
 def forward(program: Program, batch: Inputs, device: str = "cpu") -> Tensor:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from ..ir import MAIN, Program
-from .probes import Inputs, empty_cache, feeds, seq2seq_feeds
+from .probes import Inputs, empty_cache, feeds, seq2seq_batch, seq2seq_feeds
+
+BATCH_TOKENS = 2048  # read at once where values are measured on text
 
 Runner = Callable[[Inputs, str], Mapping[str, Tensor]]
 """Computes a graph: its inputs and its name to its outputs."""
@@ -23,12 +25,25 @@ def runner(program: Program, device: str = "cpu") -> Runner:
     return run
 
 
+def token_batch(program: Program, tokens: Tensor, seed: int = 0) -> Inputs:
+    """Return what ``predictions`` takes for windows of tokens, int64 [batch, sequence].
+
+    Args:
+        program: reads tokens.
+        tokens: the windows.
+        seed: of the features that an encoder without tokens reads.
+    """
+    if program.kind == "encoder-decoder":
+        return seq2seq_batch(program, tokens, seed)
+    return {"input_ids": tokens}
+
+
 def predictions(program: Program, batch: Inputs, run: Runner) -> Tensor:
     """Return logits [batch, sequence, vocabulary], or the first output of other models.
 
     Args:
         program: says what inputs there are.
-        batch: ``input_ids``; for an encoder-decoder what ``seq2seq_batch`` gives; else all inputs.
+        batch: what ``token_batch`` gives; all inputs of a model that reads no tokens.
         run: computes its graphs.
     """
     if program.kind == "encoder-decoder":

@@ -9,10 +9,8 @@ from torch import Tensor, fx
 
 from ...ir import MAIN, Block, PassError, Program, Signature, find_blocks, fingerprint
 from ..context import PassContext
-from ..outputs import runner
+from ..outputs import BATCH_TOKENS, runner
 from ..probes import Inputs, empty_cache, feeds, seq2seq_batch, seq2seq_feeds
-
-_BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +64,7 @@ def block_influence(
     windows = context.calibration_tokens(program).tokens
     part, blocks = _until_last_block(program, name)
     meter = _Meter(blocks)
-    rows = max(1, _BATCH_TOKENS // windows.shape[1])
+    rows = max(1, BATCH_TOKENS // windows.shape[1])
     with context.progress.task("scoring blocks", total=len(windows)) as advance:
         for batch in torch.split(windows, rows):
             inputs = _inputs(program, name, batch, context.device)

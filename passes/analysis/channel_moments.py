@@ -8,10 +8,8 @@ import torch
 from torch import Tensor, fx
 
 from ...ir import Norm, Program
-from ..outputs import predictions
-from ..probes import Inputs, seq2seq_batch
-
-_BATCH_TOKENS = 2048
+from ..outputs import BATCH_TOKENS, predictions, token_batch
+from ..probes import Inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +76,7 @@ def norm_moments(
     assert view is not None
     (result,) = (node for node in reference.graphs[graph].nodes if node.name == norm.name)
     found: ChannelMoments | None = None
-    for batch in torch.split(tokens, max(1, _BATCH_TOKENS // tokens.shape[1])):
+    for batch in torch.split(tokens, max(1, BATCH_TOKENS // tokens.shape[1])):
         x = _value(program, graph, view.input, batch, device)
         y = _value(reference, graph, result, batch, device)
         moments = ChannelMoments.of(x, y)
@@ -105,11 +103,8 @@ def _value(program: Program, graph: str, wanted: fx.Node, tokens: Tensor, device
         watch = observe if name == graph else None
         return program.run(inputs, name, watch, torch.float32, device=device)
 
-    given: Inputs = {"input_ids": tokens}
-    if program.kind == "encoder-decoder":
-        given = seq2seq_batch(program, tokens)
     try:
-        predictions(program, given, run)
+        predictions(program, token_batch(program, tokens), run)
     except _Reached as reached:
         return reached.value
     raise AssertionError(f"%{wanted.name} is not in {graph}")

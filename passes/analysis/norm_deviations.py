@@ -9,10 +9,8 @@ from torch import Tensor, fx
 
 from ...ir import Norm, Program, call_key, fingerprint
 from ..context import PassContext
-from ..outputs import predictions
-from ..probes import Inputs, seq2seq_batch
-
-_BATCH_TOKENS = 2048
+from ..outputs import BATCH_TOKENS, predictions, token_batch
+from ..probes import Inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +74,11 @@ def norm_deviations(program: Program, context: PassContext) -> NormDeviations:
             inputs, graph, observe=meter.observe, dtype=torch.float32, device=context.device
         )
 
-    rows = max(1, _BATCH_TOKENS // windows.shape[1])
+    rows = max(1, BATCH_TOKENS // windows.shape[1])
     with context.progress.task("measuring norms", total=len(windows)) as advance:
         for batch in torch.split(windows, rows):
             meter.tokens = batch.to(context.device)
-            given: Inputs = {"input_ids": batch}
-            if program.kind == "encoder-decoder":
-                given = seq2seq_batch(program, batch)
-            predictions(program, given, run)
+            predictions(program, token_batch(program, batch), run)
             advance(len(batch))
     return NormDeviations(meter.means(), windows.numel(), fingerprint(program))
 

@@ -41,8 +41,8 @@ class Paths:
         return "final" if block_of(linear) is None else "mlp"
 
 
-def _linears_behind(node: fx.Node) -> set[fx.Node]:
-    found: set[fx.Node] = set()
+def _behind(node: fx.Node) -> set[fx.Node]:
+    """Return the calls that a value is made of, back to linears, which are among them."""
     seen: set[fx.Node] = set()
     todo = [node]
     while todo:
@@ -50,11 +50,13 @@ def _linears_behind(node: fx.Node) -> set[fx.Node]:
         if one in seen or one.op != "call_function":
             continue
         seen.add(one)
-        if Linear.match(one):
-            found.add(one)
-        else:
+        if not Linear.match(one):
             todo += one.all_input_nodes
-    return found
+    return seen
+
+
+def _linears_behind(node: fx.Node) -> set[fx.Node]:
+    return {one for one in _behind(node) if Linear.match(one)}
 
 
 def split_fused(program: Program, graph: fx.Graph) -> list[fx.Node]:
@@ -100,23 +102,13 @@ def _value_part(graph: fx.Graph, parts: list[fx.Node]) -> int | None:
     others: set[int] = set()
     for node in graph.nodes:
         if (attention := Attention.match(node)) is not None:
-            reached |= {i for i, part in enumerate(parts) if _comes_from(attention.value, part)}
-            for source in (attention.query, attention.key):
-                others |= {i for i, part in enumerate(parts) if _comes_from(source, part)}
+            reached |= _among(parts, _behind(attention.value))
+            others |= _among(parts, _behind(attention.query) | _behind(attention.key))
     return reached.pop() if len(reached) == 1 and not reached & others else None
 
 
-def _comes_from(node: fx.Node, source: fx.Node) -> bool:
-    todo, seen = [node], set()
-    while todo:
-        one = todo.pop()
-        if one is source:
-            return True
-        if one in seen or one.op != "call_function" or Linear.match(one):
-            continue
-        seen.add(one)
-        todo += one.all_input_nodes
-    return False
+def _among(parts: list[fx.Node], nodes: set[fx.Node]) -> set[int]:
+    return {number for number, part in enumerate(parts) if part in nodes}
 
 
 def _split(

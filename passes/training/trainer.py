@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 
 from ...ir import DataError, Program, SafetensorsFile
 from ...ir.execute import Bound
-from ..outputs import Runner, predictions
-from ..probes import Inputs, seq2seq_batch
+from ..outputs import Runner, predictions, token_batch
+from ..probes import Inputs
 from ..progress import Progress
 from ..state import write_whole
 from .batches import Batches
@@ -229,10 +229,7 @@ class Trainer:
     def _predict(self, program: Program, windows: Tensor, run: Runner) -> Tensor:
         for call in self.student.calls:
             call.tokens = windows
-        batch: Inputs = {"input_ids": windows}
-        if self.kind == "encoder-decoder":
-            batch = seq2seq_batch(program, windows)
-        return predictions(program, batch, run)
+        return predictions(program, token_batch(program, windows), run)
 
     def _rows(self, length: int) -> int:
         width = int(self.student.program.config.get("vocab_size") or 4096)
@@ -269,7 +266,7 @@ class Trainer:
         tensors |= {f"best.{name}": value for name, value in self.best.items()}
         for index, held in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": value for key, value in held.items()}
-        contiguous = {name: value.contiguous().clone() for name, value in tensors.items()}
+        contiguous = {name: value.contiguous() for name, value in tensors.items()}
         write_whole(self.file, contiguous, {"record": json.dumps(asdict(self.record))})
 
     def _go_on(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from modelathe.passes.training import trainer
+from support.training import stop_training
 
 HEAL = "prune-blocks{blocks=1},heal{steps=6 batch=32 length=8 mix=0.0}"
 
@@ -16,20 +16,7 @@ HEAL = "prune-blocks{blocks=1},heal{steps=6 batch=32 length=8 mix=0.0}"
 @pytest.fixture
 def stop(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return what kills training when a run has done so many steps; None lets it run."""
-    original = trainer.Trainer._step
-
-    def after(steps: int | None) -> None:
-        done = []
-
-        def step(self: trainer.Trainer) -> None:
-            if len(done) == steps:
-                raise KeyboardInterrupt
-            done.append(1)
-            original(self)
-
-        monkeypatch.setattr(trainer.Trainer, "_step", step)
-
-    return after
+    return lambda steps: stop_training(monkeypatch, steps, KeyboardInterrupt)
 
 
 @pytest.fixture

@@ -4,13 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from modelathe.ir import Program
 from modelathe.passes import PassContext, PruneBlocks, TokenWindows
+from modelathe.passes.training import trainer
 from support.models import VOCABULARY, canonical
 
 SHORT: dict[str, Any] = {"steps": 12, "batch": 32, "length": 8, "mix": 0.0, "lr": 3e-3}
+
+_STEP = trainer.Trainer._step
+
+
+def stop_training(patch: pytest.MonkeyPatch, steps: int | None, error: type[BaseException]) -> None:
+    """Have training raise when a run of this process has done so many steps; None: never."""
+    done = []
+
+    def step(self: trainer.Trainer) -> None:
+        if len(done) == steps:
+            raise error
+        done.append(1)
+        _STEP(self)
+
+    patch.setattr(trainer.Trainer, "_step", step)
 
 
 def text(windows: int = 12, length: int = 8) -> TokenWindows:

@@ -10,10 +10,9 @@ import torch
 
 from modelathe.ir import Program, fingerprint
 from modelathe.passes import Heal, RemoveNorms
-from modelathe.passes.training import trainer
 from support.models import canonical
 from support.numeric import assert_same_bits
-from support.training import SHORT, context, pruned
+from support.training import SHORT, context, pruned, stop_training
 
 
 class StoppedError(Exception):
@@ -23,20 +22,7 @@ class StoppedError(Exception):
 @pytest.fixture
 def stop(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return what has training raise when a run of this process has done so many steps."""
-    original = trainer.Trainer._step
-
-    def after(steps: int | None) -> None:
-        done = []
-
-        def step(self: trainer.Trainer) -> None:
-            if len(done) == steps:
-                raise StoppedError
-            done.append(1)
-            original(self)
-
-        monkeypatch.setattr(trainer.Trainer, "_step", step)
-
-    return after
+    return lambda steps: stop_training(monkeypatch, steps, StoppedError)
 
 
 def weights(program: Program) -> dict[str, torch.Tensor]:
