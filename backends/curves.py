@@ -48,6 +48,11 @@ def _draw(curve: list[Mapping[str, float]], path: Path) -> None:
         points = [(point["tokens"], point[key]) for point in curve if key in point]
         if points:
             axes.plot(*zip(*points, strict=True), marker=".", label=title)
+    if any("turned" in point for point in curve):
+        share = axes.twinx()
+        share.plot([p["tokens"] for p in curve], [p["turned"] for p in curve], "k--", lw=0.8)
+        share.set_ylabel("share switched (dashed)")
+        share.set_ylim(0, 1.05)
     axes.set_xlabel("tokens")
     axes.set_ylabel("loss per token")
     axes.set_ylim(bottom=0)

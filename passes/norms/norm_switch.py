@@ -55,8 +55,10 @@ class NormSwitch(Switch):
     has_ends: Tensor
 
     @property
-    def settled(self) -> bool:
-        return bool(self.frozen) and not bool(self.has_first) and not bool(self.has_ends)
+    def turned(self) -> float:
+        if not self.frozen:
+            return 0.0
+        return 0.5 if self.has_first or self.has_ends else 1.0
 
     @property
     def constant(self) -> Constant:

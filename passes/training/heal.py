@@ -154,7 +154,7 @@ class Heal(Pass):
             warmup=self.warmup,
             patience=self.patience,
             before=_turning(program, switches, steps),
-            settled=lambda: all(switch.settled for switch in turned),
+            turned=(lambda: sum(s.turned for s in turned) / len(turned)) if turned else None,
             penalty=self._penalty(program, trainee),
             key=self._key(program, context, batches),
         )

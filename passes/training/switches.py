@@ -31,8 +31,8 @@ class Switch(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def settled(self) -> bool:
-        """Whether it is turned for good."""
+    def turned(self) -> float:
+        """How far it is turned, from 0 to 1, where it is what it will be."""
 
     @abstractmethod
     def forward(self, x: Tensor, *rest: Any) -> Tensor:

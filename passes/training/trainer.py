@@ -92,8 +92,8 @@ class Plan:
         warmup: share of the steps over which it rises.
         patience: judgements without a better one after which a run stops; 0: never.
         before: called before every step, with the step and the loss of the last one.
-        settled: whether the model is, in kind, what it will be: no call is still to be turned.
-            Only then are judgements compared.
+        turned: which share of what is switched on the way is what it will be, or None where
+            nothing is.  Judgements are compared only where all of it is.
         penalty: adds to the loss of a part of a batch, or None; it is given the windows, and
             returns what observes the values and what to add afterwards.
         key: identifies the run, so that no other one's state is gone on from.
@@ -104,7 +104,7 @@ class Plan:
     warmup: float
     patience: int
     before: Callable[[int, float], None]
-    settled: Callable[[], bool]
+    turned: Callable[[], float] | None
     penalty: Callable[[Tensor], tuple[Callable[[fx.Node, Any], None], Callable[[], Tensor]]] | None
     key: str
 
@@ -116,7 +116,8 @@ class Record:
     Attributes:
         step: how many steps are done.
         loss: of the last step, per token.
-        curve: one point per judgement: step, tokens, training loss, held-out loss by source.
+        curve: one point per judgement: step, tokens, training loss, share turned, held-out loss
+            by source.
         best: the lowest mean held-out loss.
         bad: judgements since then.
         since: sum of the losses since the last judgement, and their number.
@@ -250,9 +251,12 @@ class Trainer:
             parts = torch.split(windows, self._rows(windows.shape[1]))
             sums = [float(self._loss(part)[0]) * len(part) for part in parts]
             losses[name] = sum(sums) / len(windows)
+        turned = 1.0
+        if self.plan.turned is not None:
+            turned = point["turned"] = self.plan.turned()
         self.record.curve.append({**point, **losses})
         mean = sum(losses.values()) / len(losses)
-        if self.plan.settled():
+        if turned == 1.0:
             better = mean < self.record.best
             self.record.bad = 0 if better else self.record.bad + 1
             self.record.best = min(mean, self.record.best)

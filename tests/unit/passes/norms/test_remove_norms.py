@@ -208,7 +208,7 @@ def test_switches_turn_in_the_order_of_the_paths() -> None:
             assert not order
     paths = [marks_of(node)["path"] for name in order for node in marked if node.name == name]
     assert paths == ["mlp"] * 2 + ["query-key"] * 2 + ["value"] * 2 + ["final"]
-    assert all(switch.settled for switch in switches.values())
+    assert all(switch.turned == 1.0 for switch in switches.values())
 
 
 def test_a_live_switch_follows_the_deviation_and_a_frozen_one_does_not() -> None:
