@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Clip = Literal["none", "weight"]
+Clip = Literal["none", "weight", "activation"]
 
 WIDTHS = (2, 3, 4, 8)
 _TILE = 1 << 19  # numbers handled at once: temporaries stay in cache, and memory bounded
@@ -202,7 +202,9 @@ def quantize(weight: Tensor, qtype: QuantType, clip: Clip = "none") -> Quantized
     return QuantizedTensor(qtype, width, codes, grid.scales, zeros)
 
 
-def choose_grid(weight: Tensor, qtype: QuantType, clip: Clip = "none") -> Grid:
+def choose_grid(
+    weight: Tensor, qtype: QuantType, clip: Clip = "none", power: Tensor | None = None
+) -> Grid:
     """The grid that covers each group of ``weight [out, in]``, or a narrower one that fits better.
 
     With lo = min(group, 0), hi = max(group, 0), n = 2**bits - 1 and h = 2**(bits - 1):
@@ -214,6 +216,8 @@ def choose_grid(weight: Tensor, qtype: QuantType, clip: Clip = "none") -> Grid:
     - scales are rounded *up* to the weight's dtype, and codes are chosen after that.
     - ``clip="weight"`` multiplies the scale by that factor of 1, 0.99, ..., 0.21 which has the
       least sum of squared errors over the group, the first of equals; so it is never worse than 1.
+      ``clip="activation"`` weighs each error by ``power [in]``, the mean square of what it is
+      multiplied with.
     - a group of zeros has scale 1.
 
     Source: the min/max grid and the 80 steps are those of QuantEase (arXiv 2309.01885, its
@@ -228,7 +232,10 @@ def choose_grid(weight: Tensor, qtype: QuantType, clip: Clip = "none") -> Grid:
         tile = grid.rows(rows)
         _cover(grouped[rows], tile)
         if clip == "weight":
-            _shrink(grouped[rows], tile)
+            _shrink(grouped[rows], tile, None)
+        elif clip == "activation":
+            assert power is not None
+            _shrink(grouped[rows], tile, power.view(grouped.shape[1:]))
     return grid
 
 
@@ -344,7 +351,7 @@ def _round_up(step: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(near < step, torch.nextafter(near, near.new_tensor(torch.inf)), near)
 
 
-def _shrink(grouped: Tensor, grid: Grid) -> None:
+def _shrink(grouped: Tensor, grid: Grid, power: Tensor | None) -> None:
     """Replace the scales of ``grid`` by those of the shrunk range with the least squared error."""
     wide = wider(grouped.dtype)
     grouped = grouped.to(wide)
@@ -359,7 +366,7 @@ def _shrink(grouped: Tensor, grid: Grid) -> None:
         torch.div(grouped, wide_scales, out=work).round_()
         work.add_(zeros).clamp_(0, grid.qtype.largest_code).sub_(zeros)
         work.mul_(wide_scales).sub_(grouped).square_()
-        error = work.sum(-1)
+        error = work.sum(-1) if power is None else work.mul_(power).sum(-1)
         better = error < best
         best = torch.where(better, error, best)
         grid.scales.copy_(torch.where(better, scales, grid.scales))

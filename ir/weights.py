@@ -387,6 +387,10 @@ class Weights(Mapping[str, Weight]):
         self._weights[free] = weight
         return free
 
+    def put(self, name: str, weight: Weight) -> None:
+        """Let a name stand for another weight: only in a table that is thrown away afterwards."""
+        self._weights[self.aliases.get(name, name)] = weight
+
     def keep_only(self, names: set[str]) -> None:
         """Drop every weight that is not in ``names``, and the aliases of those."""
         self._weights = {name: w for name, w in self._weights.items() if name in names}

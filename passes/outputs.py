@@ -53,3 +53,21 @@ def predictions(program: Program, batch: Inputs, run: Runner) -> Tensor:
         return run(feeds(program, tokens, empty_cache(program, len(tokens)), 0), MAIN)["logits"]
     inputs = feeds(program, batch["input_ids"], {}, 0) if program.kind == "encoder" else batch
     return next(iter(run(inputs, MAIN).values()))
+
+
+def graph_inputs(program: Program, graph: str, tokens: Tensor, run: Runner) -> Inputs:
+    """Return what a graph of ``program`` reads for windows of tokens, int64 [batch, sequence].
+
+    Args:
+        program: reads tokens.
+        graph: which graph; what an encoder makes for a decoder is computed.
+        tokens: the windows.
+        run: computes that.
+    """
+    if graph == MAIN:
+        cache = empty_cache(program, len(tokens)) if program.kind == "decoder" else {}
+        return feeds(program, tokens, cache, 0)
+    batch = seq2seq_batch(program, tokens)
+    if graph == "encoder":
+        return {name: batch[name] for name in program.signatures[graph].inputs}
+    return seq2seq_feeds(program, batch, run)

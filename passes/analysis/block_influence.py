@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from ...ir import MAIN, Block, PassError, Program, Signature, find_blocks, fingerprint
+from ...ir import Block, PassError, Program, Signature, find_blocks, fingerprint
 from ..context import PassContext
-from ..outputs import BATCH_TOKENS, runner
-from ..probes import Inputs, empty_cache, feeds, seq2seq_batch, seq2seq_feeds
+from ..outputs import BATCH_TOKENS, graph_inputs, runner
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +66,7 @@ def block_influence(
     rows = max(1, BATCH_TOKENS // windows.shape[1])
     with context.progress.task("scoring blocks", total=len(windows)) as advance:
         for batch in torch.split(windows, rows):
-            inputs = _inputs(program, name, batch, context.device)
+            inputs = graph_inputs(program, name, batch, runner(program, context.device))
             part.run(
                 inputs,
                 name,
@@ -90,16 +89,6 @@ def _until_last_block(program: Program, name: str) -> tuple[Program, tuple[Block
     part.signatures[name] = Signature(signature.inputs, outputs, signature.dims)
     part.clean()
     return part, find_blocks(graph)
-
-
-def _inputs(program: Program, graph: str, tokens: Tensor, device: str) -> Inputs:
-    if graph == MAIN:
-        cache = empty_cache(program, len(tokens)) if program.kind == "decoder" else {}
-        return feeds(program, tokens, cache, 0)
-    batch = seq2seq_batch(program, tokens)
-    if graph == "encoder":
-        return {name: batch[name] for name in program.signatures[graph].inputs}
-    return seq2seq_feeds(program, batch, runner(program, device))
 
 
 class _Meter:

@@ -1,38 +1,37 @@
-"""Round weights to a few bits: data-free."""
+"""Store weights in a few bits: rounded to nearest, or so that what they compute changes least."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
-from torch import fx
-
-from ...ir import (
-    Embedding,
-    Linear,
-    PassError,
-    Program,
-    QuantizedEmbedding,
-    QuantizedLinear,
-    call_name,
-    insert_call,
-    path_of,
-)
-from ...ir.quant import QuantType
+from ...ir import PassError, Program, Weight, call_name, mark, marks_of, path_of
+from ...ir.quant import QuantizedTensor, QuantType
 from ..base import Fidelity, Pass, PassResult, Remark
-from ..compare import Same, check_same_values, rewritten_calls
-from ..context import PassContext
+from ..compare import check_same_values, rewritten_calls
+from ..context import PassContext, reads_tokens
 from ..select import check_globs, check_matches, chosen
-from .readers import Shared, find_shared, made_weights, quantized_paths, seen_paths
-from .store import Stored, check_rounded, quality, store_rounded
+from .methods import Method, Recipe, recipe_for, solve
+from .readers import Shared, find_shared, made_weights, quantized_paths, seen_paths, width_choice
+from .rewrite import is_quantized, put_stored, quantized_call, weight_of
+from .sequential import Moments, in_sequence
+from .store import Dequantized, Stored, check_kept, check_rounded, quality, store, store_rounded
 
 Bits = Literal[2, 3, 4, 8]
+METHOD = "method"
+"""The mark of a call whose codes text has chosen; its text names the method."""
+
+_BITS = 4  # where neither an option nor an earlier pass says how many
+_USELESS = {
+    "rtn": ("act_order", "iterations", "relax", "damping", "refit"),
+    "gptq": ("iterations", "relax"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeWeights(Pass):
-    """Round the weights of linears and embeddings to the nearest numbers of a coarse grid.
+    """Round the weights of linears and embeddings to a coarse grid.
 
     With W: [out, in] in groups of ``group_size`` neighbours along ``in``, one scale s and one zero
     point z each:  code = clamp(round(W / s) + z, 0, 2**bits - 1),  W' = s * (code - z).
@@ -40,25 +39,42 @@ class QuantizeWeights(Pass):
     - Asymmetric: lo = min(group, 0), hi = max(group, 0), s = (hi - lo) / (2**bits - 1),
       z = round(-lo / s).  Symmetric: z = 2**(bits-1), and s carries the sign that gives the longer
       side to the larger extreme.  ``clip="weight"`` shrinks s by the factor (1, 0.99, ..., 0.21)
-      that has the least squared error over the group.  No data is needed.
-    - Scales are stored in W's dtype, rounded up; so without clipping no number moves by more than
-      half a step.  A weight is rounded once, from the value that the program has for it.
-    - A weight read in several places stays one tensor.  One that an embedding shares with a linear
-      is ruled by ``head_bits``, and so is a linear outside the blocks that makes the logits.
-    - Embeddings inside blocks (relative positions) are left alone.
+      that has the least squared error over the group; ``clip="activation"`` weighs each error by
+      the mean square of what it is multiplied with.
+    - ``method="rtn"`` takes the nearest numbers, without data.  Scales are stored in W's dtype,
+      rounded up; so without clipping no number moves by more than half a step.
+    - The other methods minimise ``tr((W - W') S (W - W')^T)``, S: [in, in] the second moments, on
+      calibration text, of what W reads once all weights before it are quantised.  gptq visits the
+      columns once, and each corrects those behind it.  quantease is cyclic coordinate descent,
+      ``W'_j = round(W'_j + ((W - W') S)_j / S_jj)``; gptq-quantease begins it at the result of
+      gptq.  Without further options they are the published methods: the grid above (for gptq in
+      groups, that of the corrected columns), 1 % damping for gptq, relaxed sweeps for quantease.
+    - ``method="auto"`` is rtn without calibration text.  With it: gptq-quantease on a grid clipped
+      by activations, columns by falling power, scales refitted to the codes between the sweeps.
+    - A weight is rounded once, from the value that the program has for it.  One that is read in
+      several places stays one tensor, and its moments are summed.  One that an embedding shares
+      with a linear is ruled by ``head_bits``, and so is a linear outside the blocks that makes the
+      logits.  Rows of an embedding meet nothing, so they are rounded to nearest by every method.
 
     Refuses (``missed``) weights that something else reads too, such as stacked experts or
-    convolutions, those that the graph computes, and those that are quantised already.  An input
-    width that ``group_size`` does not divide is an error, and so is a glob that matches nothing.
+    convolutions, those that the graph computes, those that are quantised already, and embeddings
+    inside blocks (relative positions).  An input width that ``group_size`` does not divide is an
+    error, and so are a glob that matches nothing and text on which a value is not finite.
 
-    Source: the min/max grid and the range search of QuantEase (arXiv 2309.01885, its
-    method/quant.py), with the squared error in place of the power 2.4.
+    Source: GPTQ, arXiv 2210.17323; QuantEase, arXiv 2309.01885, with the min/max grid and the range
+    search of its method/quant.py (the squared error in place of the power 2.4).
 
     Attributes:
-        bits: width of a code.
+        bits: width of a code; none: what an earlier pass chose for the linear, else 4.
+        method: auto, rtn, gptq, quantease or gptq-quantease.
         group_size: neighbours along the input axis that share a scale; -1: all of them.
         symmetric: store no zero points.
-        clip: whether to search for a narrower range.
+        clip: whether to search for a narrower range; auto: as the method says.
+        act_order: visit columns by falling power of what they read; none: as the method says.
+        iterations: sweeps of coordinate descent; none: as the method says, 30 for quantease.
+        relax: leave every third sweep unrounded; none: as the method says.
+        damping: share of the mean power that is added to every column's; none: as the method says.
+        refit: choose the scales again when the codes are known; none: as the method says.
         head_bits: width for the head and for a weight that an embedding shares with a linear;
             ``bits``: as the others; none: not quantised.
         embedding_bits: width for embeddings of their own; none: not quantised.
@@ -69,51 +85,95 @@ class QuantizeWeights(Pass):
     name: ClassVar[str] = "quantize-weights"
     fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
 
-    bits: Bits = 4
+    bits: Bits | None = None
+    method: Literal["auto", Method] = "auto"
     group_size: int = 32
     symmetric: bool = False
-    clip: Literal["none", "weight"] = "none"
+    clip: Literal["auto", "none", "weight", "activation"] = "auto"
+    act_order: bool | None = None
+    iterations: int | None = None
+    relax: bool | None = None
+    damping: float | None = None
+    refit: bool | None = None
     head_bits: Literal["bits", 2, 3, 4, 8] | None = "bits"
     embedding_bits: Bits | None = None
     only: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for bits in (self.bits, self._head_bits or self.bits, self.embedding_bits or self.bits):
-            QuantType(bits, self.group_size, self.symmetric)
-        if self.clip not in ("none", "weight"):
-            raise ValueError(f"clip is none or weight, got {self.clip!r}")
+        head = None if self.head_bits == "bits" else self.head_bits
+        for bits in (self.bits, head, self.embedding_bits):
+            QuantType(_BITS if bits is None else bits, self.group_size, self.symmetric)
+        if self.clip not in ("auto", "none", "weight", "activation"):
+            raise ValueError(f"clip is auto, none, weight or activation, got {self.clip!r}")
+        if self.iterations is not None and self.iterations < 1:
+            raise ValueError(f"iterations is at least 1, got {self.iterations}")
+        if self.damping is not None and not 0 <= self.damping < math.inf:
+            raise ValueError(f"damping is at least 0, got {self.damping}")
+        for option in _USELESS.get(self.method, ()):
+            if getattr(self, option) is not None:
+                raise ValueError(f"{option} does nothing with method={self.method}")
+        if self.method == "rtn" and self.clip == "activation":
+            raise ValueError("clip=activation needs text, which method=rtn does not read")
         check_globs("only", self.only)
         check_globs("ignore", self.ignore)
 
     @property
-    def _head_bits(self) -> int | None:
-        return self.bits if self.head_bits == "bits" else self.head_bits
+    def settings(self) -> dict[str, Any]:
+        """The settings of the method that were chosen and not left to it."""
+        names = ("act_order", "iterations", "relax", "damping", "refit")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return given if self.clip == "auto" else {**given, "clip": self.clip}
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Replace the weights that the options choose; one remark per weight."""
         found = find_shared(program)
         self._check_globs(program, found)
         remarks: list[Remark] = []
-        plan: list[tuple[Shared, QuantType]] = []
+        plan: dict[str, QuantType] = {}
+        wanted: list[Shared] = []
         for shared in found:
             if not chosen(shared.paths, self.only, self.ignore):
                 continue
-            bits = self._bits_of(shared)
+            bits = self._bits_of(shared, remarks)
             if bits is None:
                 continue
             if shared.obstacle:
                 remarks.append(Remark("missed", f"@{shared.name}", shared.obstacle))
                 continue
-            plan.append((shared, self._type_of(program, shared, bits)))
+            plan[shared.name] = self._type_of(program, shared, bits)
+            wanted.append(shared)
         remarks += self._missed_calls(program)
-        total = sum(program.weight(shared.name).bytes for shared, _ in plan)
-        with context.progress.task("quantizing weights", total=total) as advance:
-            for shared, qtype in plan:
+        recipe, why = self._recipe(program, context)
+        if wanted:
+            remarks.append(Remark("applied", "method", f"{recipe}: {why}"))
+        nearest = [shared for shared in wanted if not shared.linear or not recipe.reads_text]
+        total = sum(program.weight(shared.name).bytes for shared in nearest)
+        with context.progress.task("rounding weights", total=total) as advance:
+            for shared in nearest:
                 size = program.weight(shared.name).bytes
-                remarks.append(self._replace(program, shared, qtype))
+                remarks.append(self._round(program, shared, plan[shared.name], recipe))
                 advance(size)
+        rest = [shared for shared in wanted if shared.linear and recipe.reads_text]
+        if rest:
+            remarks += self._calibrate(program, rest, plan, recipe, context)
         return PassResult(program, tuple(remarks))
+
+    def _recipe(self, program: Program, context: PassContext) -> tuple[Recipe, str]:
+        """Return the method with all its settings, and why it is this one.
+
+        Raises:
+            PassError: it reads text, and the program does not.
+        """
+        has_text = context.calibration is not None and reads_tokens(program)
+        recipe, why = recipe_for(self.method, self.settings, has_text)
+        if recipe.reads_text and not reads_tokens(program):
+            raise PassError(
+                f"{self.name}: {program.origin.model} ({program.kind}) reads no tokens, so text "
+                "cannot choose its codes",
+                remedy="method=rtn needs none",
+            )
+        return recipe, why
 
     def _check_globs(self, program: Program, found: list[Shared]) -> None:
         paths = seen_paths(program, found)
@@ -132,10 +192,16 @@ class QuantizeWeights(Pass):
                 missed.append(Remark("missed", f"%{node.name}", reason))
         return missed
 
-    def _bits_of(self, shared: Shared) -> int | None:
+    def _bits_of(self, shared: Shared, remarks: list[Remark]) -> int | None:
+        """Return the width for a weight, or None to leave it alone."""
+        choice = width_choice(shared)
+        if choice is not None and self.bits not in (None, choice):
+            text = f"bits={self.bits} overrides the {choice} bits that were chosen for it"
+            remarks.append(Remark("applied", f"@{shared.name}", text))
+        usual = self.bits or choice or _BITS
         if shared.head or (shared.embedding and shared.linear):
-            return self._head_bits
-        return self.embedding_bits if shared.embedding else self.bits
+            return usual if self.head_bits == "bits" else self.head_bits
+        return self.embedding_bits if shared.embedding else usual
 
     def _type_of(self, program: Program, shared: Shared, bits: int) -> QuantType:
         """Return the number type of a weight.
@@ -153,25 +219,42 @@ class QuantizeWeights(Pass):
             f'or leave it alone with ignore="{shared.paths[0]}"',
         )
 
-    def _replace(self, program: Program, shared: Shared, qtype: QuantType) -> Remark:
-        """Make every reader of a weight read its codes instead."""
-        name = shared.name
-        weight = program.weight(name)
-        stored = store_rounded(name, weight, qtype, self.clip)
-        names = {
-            part: program.add_weight(f"{name}.{part}", value)
-            for part in ("codes", "scales", "zeros")
-            if (value := getattr(stored, part)) is not None
-        }
-        for graph, node in shared.readers:
-            _rewrite(program, graph, node, names, stored)
-        noise = quality(weight.load(), stored.load())
-        size = qtype.nbytes(weight.shape[0], weight.shape[1], weight.dtype)
-        return Remark(
-            "applied",
-            f"@{name}",
-            f"{qtype}, {noise:.1f} dB signal to error, {weight.bytes} -> {size} bytes",
-        )
+    def _round(self, program: Program, shared: Shared, qtype: QuantType, recipe: Recipe) -> Remark:
+        """Round a weight to nearest, when it is read."""
+        weight = program.weight(shared.name)
+        clip = "none" if recipe.clip == "activation" else recipe.clip
+        stored = store_rounded(shared.name, weight, qtype, clip)
+        put_stored(program, shared, stored)
+        return _remark(shared, weight, stored.load())
+
+    def _calibrate(
+        self,
+        program: Program,
+        wanted: list[Shared],
+        plan: dict[str, QuantType],
+        recipe: Recipe,
+        context: PassContext,
+    ) -> list[Remark]:
+        """Quantise weights one after the other, on what the text makes them read."""
+        remarks: list[Remark] = []
+        done: list[tuple[Shared, Stored]] = []
+
+        def quantize(shared: Shared, moments: Moments) -> Weight:
+            weight = program.weight(shared.name)
+            solution = solve(shared.name, weight.load(), moments, plan[shared.name], recipe)
+            done.append((shared, store(solution.stored)))
+            text = f", {100 * solution.error:.2g} % of its results' mean square lost"
+            remarks.append(_remark(shared, weight, solution.stored, text))
+            if moments.count < weight.shape[1]:
+                few = f"{moments.count} tokens say little about {weight.shape[1]} inputs"
+                remarks.append(Remark("missed", f"@{shared.name}", f"{few}: give more text"))
+            return Dequantized(weight, solution.stored)
+
+        in_sequence(program, wanted, context, quantize)
+        for shared, stored in done:
+            for call in put_stored(program, shared, stored):
+                mark(call, METHOD, recipe.method)
+        return remarks
 
     def ensures(self, before: Program, after: Program) -> None:
         """Check that only weights changed, and that each is its rounded self, stored right.
@@ -182,61 +265,22 @@ class QuantizeWeights(Pass):
         check_same_values(before, after)
         stored_as: dict[str, Any] = {}
         for name, graph in before.graphs.items():
-            for old, new in rewritten_calls(graph, after.graphs[name], _is_quantized):
-                source, call = _weight_of(old), _quantized(new)
+            for old, new in rewritten_calls(graph, after.graphs[name], is_quantized):
+                source, call = weight_of(old), quantized_call(new)
                 parts = (call.codes.target, call.scales.target, call.zeros and call.zeros.target)
                 if source not in stored_as:
                     stored_as[source] = parts
-                    stored = Stored.of(after, call)
-                    check_rounded(source, before.weight(source).load(), stored.load(), self.clip)
+                    stored, weight = Stored.of(after, call).load(), before.weight(source).load()
+                    if METHOD in marks_of(new):
+                        check_kept(source, weight, stored)
+                    else:
+                        check_rounded(source, weight, stored, self.clip in ("auto", "none"))
                 elif stored_as[source] != parts:
                     raise PassError(f"%{new.name}: @{source} was shared, and is stored twice now")
 
 
-def _rewrite(
-    program: Program,
-    graph: fx.Graph,
-    node: fx.Node,
-    names: dict[str, str],
-    stored: Stored,
-) -> None:
-    """Put the quantised call in the place of ``node``."""
-    parts = [
-        program.weight_node(graph, names[part], before=node) if part in names else None
-        for part in ("codes", "scales", "zeros")
-    ]
-    numbers = (stored.qtype.bits, stored.qtype.group_size, stored.in_features)
-    ops: Any = torch.ops.modelathe
-    # matched only now: the input may be a call that was replaced a moment ago
-    if linear := Linear.match(node):
-        target, args = ops.quantized_linear.default, (linear.input, *parts, linear.bias, *numbers)
-    elif embedding := Embedding.match(node):
-        target, args = ops.quantized_embedding.default, (embedding.ids, *parts, *numbers)
-    else:
-        raise AssertionError(f"%{node.name} is neither a linear nor an embedding")
-    new = insert_call(graph, target, args, before=node, like=node)
-    node.replace_all_uses_with(new)
-    graph.erase_node(node)
-
-
-def _is_quantized(old: fx.Node, new: fx.Node, same: Same) -> bool:
-    """Whether ``new`` is ``old`` with a quantised weight: same input, same bias."""
-    if (linear := Linear.match(old)) and (call := QuantizedLinear.match(new)):
-        if linear.bias is None or call.bias is None:
-            return same(linear.input, call.input) and linear.bias is call.bias
-        return same(linear.input, call.input) and same(linear.bias, call.bias)
-    if (embedding := Embedding.match(old)) and (rows := QuantizedEmbedding.match(new)):
-        return same(embedding.ids, rows.ids)
-    return False
-
-
-def _weight_of(node: fx.Node) -> str:
-    call = Linear.match(node) or Embedding.match(node)
-    assert call is not None
-    return str(call.weight.target)
-
-
-def _quantized(node: fx.Node) -> QuantizedLinear | QuantizedEmbedding:
-    call = QuantizedLinear.match(node) or QuantizedEmbedding.match(node)
-    assert call is not None
-    return call
+def _remark(shared: Shared, weight: Weight, stored: QuantizedTensor, more: str = "") -> Remark:
+    noise = quality(weight.load(), stored)
+    size = f"{weight.bytes} -> {stored.nbytes} bytes"
+    text = f"{stored.qtype}, {noise:.1f} dB signal to error{more}, {size}"
+    return Remark("applied", f"@{shared.name}", text)

@@ -16,6 +16,7 @@ from ...ir import (
     QuantizedLinear,
     block_of,
     call_name,
+    marks_of,
     path_of,
 )
 
@@ -113,6 +114,16 @@ def _is_product(node: fx.Node) -> bool:
     if name in _PRODUCTS or name in _CONVOLUTIONS:
         return True
     return name in _VIEWS and any(map(_is_product, node.users))
+
+
+WIDTH = "bits"
+"""The mark of a linear whose width a pass has chosen; its text is the number of bits."""
+
+
+def width_choice(shared: Shared) -> int | None:
+    """Return the bits that were chosen for a weight: the most that any of its readers asks for."""
+    widths = [marks_of(node)[WIDTH] for _, node in shared.readers if WIDTH in marks_of(node)]
+    return max(map(int, widths), default=None)
 
 
 def head_linears(program: Program, graph: str) -> set[fx.Node]:

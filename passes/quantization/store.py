@@ -8,7 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...ir import ComputedWeight, PassError, Program, QuantizedEmbedding, QuantizedLinear, Weight
+from ...ir import (
+    SCRATCH,
+    ComputedWeight,
+    PassError,
+    Program,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    Weight,
+    content_hash,
+)
 from ...ir.quant import Clip, QuantizedTensor, QuantType, encode, packed_width, quantize, wider
 
 
@@ -87,6 +96,54 @@ def _part(whole: Weight, start: int, shape: tuple[int, int], dtype: torch.dtype)
     )
 
 
+def store(tensor: QuantizedTensor) -> Stored:
+    """Return a quantised weight that is computed already as weights of a program."""
+    zeros = None if tensor.zeros is None else _held(tensor.zeros)
+    return Stored(
+        tensor.qtype, tensor.in_features, _held(tensor.codes), _held(tensor.scales), zeros
+    )
+
+
+def _held(value: Tensor) -> Weight:
+    value = value.cpu().contiguous()
+    return SCRATCH.keep(f"tensor:{content_hash(value)}", value)
+
+
+class Dequantized(Weight):
+    """What a quantised weight stands for, made anew whenever it is read.
+
+    Args:
+        weight: the one that it takes the place of.
+        tensor: its codes.
+    """
+
+    def __init__(self, weight: Weight, tensor: QuantizedTensor) -> None:
+        self.shape, self.dtype, self._tensor = weight.shape, weight.dtype, tensor
+        self._fingerprint = f"dequantized:{weight.fingerprint}:{tensor.qtype}"
+
+    @property
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    def load(self, dtype: torch.dtype | None = None) -> Tensor:
+        return self._tensor.dequantize(dtype or self.dtype)
+
+
+def check_kept(name: str, weight: Tensor, stored: QuantizedTensor) -> None:
+    """Check that codes which text has chosen still stand for something like the weight.
+
+    They need not be the nearest.  But a weight that differs from its original by more than its
+    own size computes nothing of what it did: a scale of another group, or codes in another order.
+
+    Raises:
+        PassError: it does.
+    """
+    if (noise := quality(weight, stored)) <= 0:
+        raise PassError(
+            f"@{name}: the stored weight is not the weight ({noise:.1f} dB signal to error)"
+        )
+
+
 def quality(weight: Tensor, stored: QuantizedTensor) -> float:
     """Return signal over error, ``sum w**2 / sum (w - w')**2``, in dB; inf where they are equal."""
     signal = error = 0.0
@@ -97,11 +154,11 @@ def quality(weight: Tensor, stored: QuantizedTensor) -> float:
     return 10 * math.log10(signal / error) if signal and error else math.inf
 
 
-def check_rounded(name: str, weight: Tensor, stored: QuantizedTensor, clip: Clip) -> None:
+def check_rounded(name: str, weight: Tensor, stored: QuantizedTensor, covering: bool) -> None:
     """Check that ``stored`` is ``weight`` rounded to the nearest numbers of the stored grid.
 
     Dequantising what is stored gives bit for bit what rounding to the grid gives, every number
-    inside the range of its group is within half a step, and with ``clip="none"`` every number.
+    inside the range of its group is within half a step, and where it covers the weight every one.
 
     Raises:
         PassError: naming the first number that is not.
@@ -119,7 +176,7 @@ def check_rounded(name: str, weight: Tensor, stored: QuantizedTensor, clip: Clip
             raise PassError(f"@{name}: the stored codes do not stand for the numbers computed")
         ends = torch.stack([-zeros * scales, (stored.qtype.largest_code - zeros) * scales])
         grouped = given.reshape(levels.shape)
-        nearest = grouped if clip == "none" else grouped.clamp(ends.amin(0), ends.amax(0))
+        nearest = grouped if covering else grouped.clamp(ends.amin(0), ends.amax(0))
         steps = (restored.view(levels.shape) - nearest).abs() / scales.abs()
         if not bool((steps <= half).all()):
             worst = steps.nan_to_num(torch.inf).argmax().item()

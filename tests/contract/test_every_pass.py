@@ -38,7 +38,7 @@ from support.numeric import EXACT, assert_same_bits, rounding, worst_error
 REQUIRED: dict[str, dict[str, object]] = {
     "prune-blocks": {"blocks": (1,)},
     "tie-blocks": {"unique": 1},
-    "quantize-weights": {"group_size": 8, "embedding_bits": 8},
+    "quantize-weights": {"method": "rtn", "group_size": 8, "embedding_bits": 8},
     "convert-dtype": {"to": "bfloat16"},
     "heal": {"steps": 1, "batch": 24, "length": 12, "mix": 0.0, "weights": "norms"},
 }

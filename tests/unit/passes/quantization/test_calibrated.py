@@ -1,0 +1,281 @@
+"""Weights quantised on calibration text: what they read, in which order, and what is stored."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from modelathe.ir import (
+    Linear,
+    PassError,
+    Program,
+    QuantizedLinear,
+    TensorWeight,
+    Weight,
+    fingerprint,
+    load_program,
+    mark,
+    save_program,
+    to_text,
+)
+from modelathe.passes import PassContext, QuantizeWeights
+from modelathe.passes.data import TokenWindows
+from modelathe.passes.quantization.methods import PUBLISHED, recipe_for
+from modelathe.passes.quantization.readers import WIDTH, Shared, find_shared
+from modelathe.passes.quantization.sequential import Moments, in_sequence
+from modelathe.passes.quantization.store import Stored
+from support.models import canonical
+from support.numeric import relative_error
+
+
+def windows(rows: int = 4, length: int = 12, vocabulary: int = 32) -> TokenWindows:
+    generator = torch.Generator().manual_seed(3)
+    return TokenWindows.of(torch.randint(vocabulary, (rows, length), generator=generator), "test")
+
+
+def quantizer(**options: Any) -> QuantizeWeights:
+    """Return the pass in groups that divide every width of the test models."""
+    return QuantizeWeights(**{"group_size": 8, **options})
+
+
+def context() -> PassContext:
+    return PassContext(calibration=windows())
+
+
+def inputs_of(program: Program, name: str) -> Tensor:
+    """Return all that the linear with a weight reads, [tokens, in], in one plain run."""
+    from modelathe.passes.outputs import graph_inputs, runner
+
+    run = runner(program)
+    found: list[Tensor] = []
+    for graph_name, graph in program.graphs.items():
+        stops = [
+            view.input
+            for node in graph.nodes
+            if (view := Linear.match(node)) and str(view.weight.target) == name
+        ]
+
+        def observe(node: fx.Node, value: Tensor, stops: list[fx.Node] = stops) -> None:
+            if node in stops:
+                found.extend([value.flatten(0, -2)] * stops.count(node))
+
+        given = graph_inputs(program, graph_name, windows().tokens, run)
+        program.run(given, graph_name, observe, torch.float32)
+    return torch.cat(found)
+
+
+class Doubled(Weight):
+    """Twice a weight: something that is easily seen downstream."""
+
+    def __init__(self, weight: Weight) -> None:
+        self.weight, self.shape, self.dtype = weight, weight.shape, weight.dtype
+
+    @property
+    def fingerprint(self) -> str:
+        return f"doubled:{self.weight.fingerprint}"
+
+    def load(self, dtype: torch.dtype | None = None) -> Tensor:
+        return 2 * self.weight.load(dtype)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_moments_are_those_behind_the_weights_that_were_done_before(name: str) -> None:
+    program = canonical(name)
+    wanted = [shared for shared in find_shared(program) if shared.linear and not shared.obstacle]
+    order: list[str] = []
+    weights = dict(program.weights)
+    now = replace(program, weights=program.weights.copy())
+
+    def quantize(shared: Shared, moments: Moments) -> Weight:
+        x = inputs_of(now, shared.name).double()  # a run from the start, with what is done so far
+        expected = x.T @ x / len(x)
+        if shared.name not in order and len(shared.readers) == 1:
+            assert moments.count == len(x)
+            assert relative_error(expected, moments.matrix.double()) <= 1e-4
+        order.append(shared.name)
+        doubled = Doubled(weights[shared.name])
+        now.weights.put(shared.name, doubled)
+        return doubled
+
+    in_sequence(program, wanted, context(), quantize)
+    assert sorted(order) == sorted(shared.name for shared in wanted)
+    assert dict(program.weights) == weights  # the program itself is as it was
+
+
+def test_a_weight_that_is_read_twice_is_quantised_once_on_both() -> None:
+    from modelathe.passes import TieBlocks
+
+    program = TieBlocks(unique=1)(canonical("llama"), context()).program
+    wanted = [s for s in find_shared(program) if s.linear and not s.embedding]
+    seen: dict[str, Moments] = {}
+
+    def quantize(shared: Shared, moments: Moments) -> Weight:
+        assert shared.name not in seen
+        seen[shared.name] = moments
+        return program.weights[shared.name]
+
+    in_sequence(program, wanted, context(), quantize)
+    tied = next(shared for shared in wanted if len(shared.readers) > 1)
+    x = inputs_of(program, tied.name).double()
+    assert seen[tied.name].count == len(x)
+    assert len(x) == len(tied.readers) * windows().tokens.numel()
+    assert relative_error(x.T @ x / len(x), seen[tied.name].matrix.double()) <= 1e-5
+
+
+def codes(program: Program) -> dict[str, Stored]:
+    return {
+        node.name: Stored.of(program, call)
+        for graph in program.graphs.values()
+        for node in graph.nodes
+        if (call := QuantizedLinear.match(node))
+    }
+
+
+def lost(before: Program, after: Program) -> float:
+    """Return the mean relative change of the logits on the calibration text."""
+    from modelathe.passes.outputs import predictions, runner, token_batch
+
+    batch = token_batch(before, windows().tokens)
+    expected, found = (predictions(p, batch, runner(p)) for p in (before, after))
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("options", [{}, {"bits": 3, "group_size": -1}, {"symmetric": True}])
+def test_what_text_chooses_computes_more_of_the_same_than_rounding(options: Any) -> None:
+    program = canonical("llama")
+    nearest = quantizer(method="rtn", **options)(program, context()).program
+    errors = {
+        method: lost(program, quantizer(method=method, **options)(program, context()).program)
+        for method in ("gptq", "quantease", "auto")
+    }
+    assert max(errors.values()) < lost(program, nearest)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group", [-1, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_every_number_type_is_stored_as_it_was_computed(
+    bits: Any, group: int, symmetric: bool
+) -> None:
+    program = canonical("llama")
+    pass_ = quantizer(bits=bits, group_size=group, symmetric=symmetric, only=("layers.1",))
+    result = pass_(program, context())  # solve() compares stored and computed numbers, bit for bit
+    for stored in codes(result.program).values():
+        tensor = stored.load()
+        assert tensor.qtype.bits == bits
+        assert tensor.dequantize().isfinite().all()
+    assert len(codes(result.program)) == 7
+
+
+def test_half_precision_weights_keep_their_dtype() -> None:
+    result = quantizer(only=("layers.0",))(canonical("llama-bf16"), context())
+    scales = {stored.scales.dtype for stored in codes(result.program).values()}
+    assert scales == {torch.bfloat16}
+
+
+def test_calls_say_which_method_chose_their_codes() -> None:
+    result = quantizer(method="gptq", only=("layers.0",))(canonical("llama"), context())
+    assert to_text(result.program).count("!method=gptq") == 7
+
+
+def test_auto_says_what_it_took_and_why() -> None:
+    program = canonical("llama")
+    with_text = quantizer(only=("layers.0",))(program, context())
+    without = quantizer(only=("layers.0",))(program, PassContext())
+    assert str(with_text.remarks[0]).endswith("there is calibration text")
+    assert "gptq-quantease, by falling power" in str(with_text.remarks[0])
+    assert (
+        str(without.remarks[0])
+        == "applied: method: rtn: there is no calibration text that it could read"
+    )
+
+
+def test_published_methods_are_the_published_ones() -> None:
+    for method, recipe in PUBLISHED.items():
+        assert recipe_for(method, {}, True)[0] is not None
+        assert (recipe.clip, recipe.act_order, recipe.refit) == ("none", False, False)
+        assert recipe.damping == (0.01 if "gptq" in method else 0.0)
+    assert PUBLISHED["quantease"].iterations == 30
+    assert PUBLISHED["quantease"].relax
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "rtn", "act_order": True},
+        {"method": "rtn", "clip": "activation"},
+        {"method": "gptq", "iterations": 3},
+        {"method": "gptq", "relax": False},
+        {"iterations": 0},
+        {"damping": -0.1},
+        {"damping": math.inf},
+        {"clip": "both"},
+    ],
+)
+def test_options_that_do_nothing_are_refused(options: Any) -> None:
+    with pytest.raises(ValueError, match=r"does nothing|clip|at least"):
+        QuantizeWeights(**options)
+
+
+def test_an_input_that_is_always_zero_is_rounded() -> None:
+    program = canonical("llama")
+    gain = next(n for n in program.weights if n.endswith("layers.0.input_layernorm.weight"))
+    value = program.weights[gain].load().clone()
+    value[3] = 0
+    changed = replace(program, weights=program.weights.copy())
+    changed.weights.put(gain, TensorWeight(value))
+    result = quantizer(only=("layers.0.self_attn",))(changed, context())
+    for stored in codes(result.program).values():
+        assert stored.load().dequantize().isfinite().all()
+
+
+def test_values_that_are_not_finite_are_named() -> None:
+    program = canonical("llama")
+    gain = next(n for n in program.weights if n.endswith("layers.1.input_layernorm.weight"))
+    changed = replace(program, weights=program.weights.copy())
+    changed.weights.put(gain, TensorWeight(program.weights[gain].load() * 3e38 * 1e3))
+    with pytest.raises(PassError, match="is not finite on the calibration text"):
+        quantizer().run(changed.editable(), context())
+
+
+def test_little_text_is_said_to_be_little() -> None:
+    few = PassContext(calibration=TokenWindows.of(windows().tokens[:1, :8], "test"))
+    result = quantizer(only=("layers.0",))(canonical("llama"), few)
+    assert any("8 tokens say little" in str(remark) for remark in result.remarks)
+
+
+def test_a_chosen_width_is_obeyed_unless_bits_is_given() -> None:
+    program = canonical("llama").editable()
+    for graph in program.graphs.values():
+        for node in graph.nodes:
+            view = Linear.match(node)
+            if view is not None and "layers.0" in str(view.weight.target):
+                mark(node, WIDTH, "8")
+    obeyed = quantizer()(program, PassContext())
+    widths = sorted(stored.qtype.bits for stored in codes(obeyed.program).values())
+    assert widths == sorted([8] * 7 + [4] * (len(widths) - 7))
+    overridden = quantizer(bits=3)(program, PassContext())
+    assert {stored.qtype.bits for stored in codes(overridden.program).values()} == {3}
+    assert sum("overrides the 8 bits" in str(remark) for remark in overridden.remarks) == 7
+
+
+def test_the_result_saves_and_loads_bitwise(tmp_path: Path) -> None:
+    result = quantizer(only=("layers.0",))(canonical("llama"), context()).program
+    save_program(result, tmp_path)
+    loaded = load_program(tmp_path)
+    assert fingerprint(loaded) == fingerprint(result)
+    for name, stored in codes(result).items():
+        assert codes(loaded)[name].load().dequantize().equal(stored.load().dequantize())
+
+
+def test_a_model_that_reads_no_text_is_refused_or_rounded_to_nearest() -> None:
+    with pytest.raises(PassError, match="reads no tokens"):
+        quantizer(method="gptq")(canonical("norm-mlp"), context())
+    result = quantizer()(canonical("norm-mlp"), context())
+    assert any("applied: method: rtn" in str(remark) for remark in result.remarks)
