@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ...ir import PassError
+from ...ir import PassError, Weight
 from ...ir.quant import Clip, Grid, QuantizedTensor, QuantType, choose_grid
 from .sequential import Moments
 from .sweeps import Columns, damped, error, gptq, quantease, refit
@@ -96,27 +96,40 @@ _REFITS = 3  # how often scales are chosen again
 _SWEEPS = 2  # of coordinate descent between two of them
 
 
-@dataclass(frozen=True, slots=True)
-class Solution:
-    """A weight as it is stored, and what it costs.
+def solve_together(
+    weights: Mapping[str, Weight], moments: Moments, types: Mapping[str, QuantType], recipe: Recipe
+) -> dict[str, QuantizedTensor]:
+    """Choose the codes of weights that read the same: rows do not meet, so they are stacked.
 
-    Attributes:
-        stored: the codes and their grid.
-        error: share of the mean square of the weight's results that rounding them costs.
+    Args:
+        weights: by name.
+        moments: of what they read.
+        types: the number type of each.
+        recipe: how.
     """
-
-    stored: QuantizedTensor
-    error: float
+    alike: dict[object, list[str]] = {}
+    for name, weight in weights.items():
+        alike.setdefault((types[name], weight.dtype), []).append(name)
+    found: dict[str, QuantizedTensor] = {}
+    for names in alike.values():
+        rows = torch.cat([weights[name].load() for name in names])
+        whole = solve(names[0], rows, moments, types[names[0]], recipe)
+        start = 0
+        for name in names:
+            stop = start + weights[name].shape[0]
+            found[name] = whole.rows(slice(start, stop))
+            start = stop
+    return found
 
 
 def solve(
     name: str, weight: Tensor, moments: Moments, qtype: QuantType, recipe: Recipe
-) -> Solution:
+) -> QuantizedTensor:
     """Choose the codes of a weight.
 
     Args:
         name: of the weight, for messages.
-        weight: [out, in].
+        weight: [out, in]; rows of several weights that read the same may be stacked.
         moments: of what it reads.
         qtype: the number type.
         recipe: how.
@@ -158,8 +171,21 @@ def solve(
     values = stored.dequantize(torch.float32)
     if not values.T[order].equal(found):
         raise PassError(f"@{name}: the stored codes do not stand for the numbers computed")
-    whole = error(plain, torch.zeros_like(plain), natural)
-    return Solution(stored, error(plain, values.T, natural) / whole if whole > 0 else 0.0)
+    return stored
+
+
+def share_lost(weight: Tensor, stored: QuantizedTensor, moments: Moments) -> float:
+    """Return the share of the mean square of a weight's results that storing it costs.
+
+    Args:
+        weight: [out, in].
+        stored: in its place.
+        moments: of what it reads.
+    """
+    plain = weight.to(moments.matrix.device, torch.float32).T
+    whole = error(plain, torch.zeros_like(plain), moments.matrix)
+    lost = error(plain, stored.dequantize(torch.float32).T, moments.matrix)
+    return lost / whole if whole > 0 else 0.0
 
 
 def _rounded(

@@ -12,7 +12,7 @@ from ..base import Fidelity, Pass, PassResult, Remark
 from ..compare import check_same_values, rewritten_calls
 from ..context import PassContext, reads_tokens
 from ..select import check_globs, check_matches, chosen
-from .methods import Method, Recipe, recipe_for, solve
+from .methods import Method, Recipe, recipe_for, share_lost, solve_together
 from .readers import Shared, find_shared, made_weights, quantized_paths, seen_paths, width_choice
 from .rewrite import is_quantized, put_stored, quantized_call, weight_of
 from .sequential import Moments, in_sequence
@@ -239,16 +239,19 @@ class QuantizeWeights(Pass):
         remarks: list[Remark] = []
         done: list[tuple[Shared, Stored]] = []
 
-        def quantize(shared: Shared, moments: Moments) -> Weight:
-            weight = program.weight(shared.name)
-            solution = solve(shared.name, weight.load(), moments, plan[shared.name], recipe)
-            done.append((shared, store(solution.stored)))
-            text = f", {100 * solution.error:.2g} % of its results' mean square lost"
-            remarks.append(_remark(shared, weight, solution.stored, text))
-            if moments.count < weight.shape[1]:
-                few = f"{moments.count} tokens say little about {weight.shape[1]} inputs"
-                remarks.append(Remark("missed", f"@{shared.name}", f"{few}: give more text"))
-            return Dequantized(weight, solution.stored)
+        def quantize(together: list[Shared], moments: Moments) -> list[Weight]:
+            weights = {shared.name: program.weight(shared.name) for shared in together}
+            stored = solve_together(weights, moments, plan, recipe)
+            for shared in together:
+                weight, tensor = weights[shared.name], stored[shared.name]
+                done.append((shared, store(tensor)))
+                share = share_lost(weight.load(), tensor, moments)
+                text = f", {100 * share:.2g} % of its results' mean square lost"
+                remarks.append(_remark(shared, weight, tensor, text))
+                if moments.count < weight.shape[1]:
+                    few = f"{moments.count} tokens say little about {weight.shape[1]} inputs"
+                    remarks.append(Remark("missed", f"@{shared.name}", f"{few}: give more text"))
+            return [Dequantized(weights[s.name], stored[s.name]) for s in together]
 
         in_sequence(program, wanted, context, quantize)
         for shared, stored in done:

@@ -29,8 +29,8 @@ class Moments:
     count: int
 
 
-Quantize = Callable[[Shared, Moments], Weight]
-"""From a weight and what it reads to the weight that is read instead from there on."""
+Quantize = Callable[[list[Shared], Moments], list[Weight]]
+"""From weights and what they all read to the weights that are read instead from there on."""
 
 
 def in_sequence(
@@ -48,7 +48,7 @@ def in_sequence(
         program: is not changed.
         wanted: the weights; those of embeddings alone are left out.
         context: holds the calibration text.
-        quantize: called once for each weight that is reached.
+        quantize: called with all weights that are due at a place; each is given once.
 
     Raises:
         PassError: what a weight reads is not finite.
@@ -69,14 +69,24 @@ def in_sequence(
             stages = Stages(current, inputs, name, device=context.device)
             for stop, read in stops.items():
                 moments = _measured(stages, stop)
+                left.subtract(shared.name for shared in read)
+                alone = []  # read here and nowhere else: they can be done together
                 for shared in read:
                     found = _sum(waiting.pop(shared.name, None), moments)
-                    left[shared.name] -= 1
                     if left[shared.name]:
                         waiting[shared.name] = found
+                    elif found is moments:
+                        alone.append(shared)
                     else:
-                        current.weights.put(shared.name, quantize(shared, found))
-                    advance(1)
+                        _put(current, [shared], quantize([shared], found))
+                if alone:
+                    _put(current, alone, quantize(alone, moments))
+                advance(len(read))
+
+
+def _put(program: Program, done: list[Shared], weights: list[Weight]) -> None:
+    for shared, weight in zip(done, weights, strict=True):
+        program.weights.put(shared.name, weight)
 
 
 def _stops(graph: fx.Graph, wanted: list[Shared]) -> Mapping[fx.Node, list[Shared]]:

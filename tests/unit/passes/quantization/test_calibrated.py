@@ -92,15 +92,16 @@ def test_moments_are_those_behind_the_weights_that_were_done_before(name: str) -
     weights = dict(program.weights)
     now = replace(program, weights=program.weights.copy())
 
-    def quantize(shared: Shared, moments: Moments) -> Weight:
-        x = inputs_of(now, shared.name).double()  # a run from the start, with what is done so far
+    def quantize(together: list[Shared], moments: Moments) -> list[Weight]:
+        x = inputs_of(now, together[0].name).double()  # from the start, with what is done so far
         expected = x.T @ x / len(x)
-        if shared.name not in order and len(shared.readers) == 1:
+        if len(together[0].readers) == 1:
             assert moments.count == len(x)
             assert relative_error(expected, moments.matrix.double()) <= 1e-4
-        order.append(shared.name)
-        doubled = Doubled(weights[shared.name])
-        now.weights.put(shared.name, doubled)
+        order.extend(shared.name for shared in together)
+        doubled: list[Weight] = [Doubled(weights[shared.name]) for shared in together]
+        for shared, weight in zip(together, doubled, strict=True):
+            now.weights.put(shared.name, weight)
         return doubled
 
     in_sequence(program, wanted, context(), quantize)
@@ -115,10 +116,11 @@ def test_a_weight_that_is_read_twice_is_quantised_once_on_both() -> None:
     wanted = [s for s in find_shared(program) if s.linear and not s.embedding]
     seen: dict[str, Moments] = {}
 
-    def quantize(shared: Shared, moments: Moments) -> Weight:
-        assert shared.name not in seen
-        seen[shared.name] = moments
-        return program.weights[shared.name]
+    def quantize(together: list[Shared], moments: Moments) -> list[Weight]:
+        for shared in together:
+            assert shared.name not in seen
+            seen[shared.name] = moments
+        return [program.weights[shared.name] for shared in together]
 
     in_sequence(program, wanted, context(), quantize)
     tied = next(shared for shared in wanted if len(shared.readers) > 1)
