@@ -95,13 +95,14 @@ def _tie(now: Estimate, pass_: Any) -> Estimate:
 
 def _quantize(now: Estimate, pass_: Any) -> Estimate:
     group = pass_.group_size if pass_.group_size > 0 else 1024
-    zero = 0.0 if pass_.symmetric else pass_.bits / 8
-    each = pass_.bits / 8 + (now.rest_bytes + zero) / group
-    head = pass_.bits if pass_.head_bits == "bits" else pass_.head_bits
+    bits = pass_.usual_bits
+    zero = 0.0 if pass_.symmetric else bits / 8
+    each = bits / 8 + (now.rest_bytes + zero) / group
+    head = bits if pass_.head_bits == "bits" else pass_.head_bits
     if head is None:
         return replace(now, outside=0.0, rest=now.rest + now.outside, linear_bytes=each)
     # The head counts as so many more or fewer of the other linears' parameters.
-    return replace(now, outside=now.outside * head / pass_.bits, linear_bytes=each)
+    return replace(now, outside=now.outside * head / bits, linear_bytes=each)
 
 
 def _convert(now: Estimate, pass_: Any) -> Estimate:

@@ -119,6 +119,11 @@ class QuantizeWeights(Pass):
         check_globs("ignore", self.ignore)
 
     @property
+    def usual_bits(self) -> int:
+        """The width of a linear for which no earlier pass has chosen one."""
+        return self.bits or _BITS
+
+    @property
     def settings(self) -> dict[str, Any]:
         """The settings of the method that were chosen and not left to it."""
         names = ("act_order", "iterations", "relax", "damping", "refit")
@@ -198,7 +203,7 @@ class QuantizeWeights(Pass):
         if choice is not None and self.bits not in (None, choice):
             text = f"bits={self.bits} overrides the {choice} bits that were chosen for it"
             remarks.append(Remark("applied", f"@{shared.name}", text))
-        usual = self.bits or choice or _BITS
+        usual = self.bits or choice or self.usual_bits
         if shared.head or (shared.embedding and shared.linear):
             return usual if self.head_bits == "bits" else self.head_bits
         return self.embedding_bits if shared.embedding else usual
