@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, cast
 
@@ -163,7 +163,12 @@ class RemoveNorms(SwitchingPass):
         kept = tuple(Remark("missed", name, why) for name in names[low:])
         return PassResult(result.program, (*result.remarks, *kept))
 
-    def make_switch(self, program: Program, node: fx.Node) -> Switch:
+    def make_switches(
+        self, program: Program, calls: Sequence[fx.Node], context: PassContext
+    ) -> Mapping[fx.Node, Switch]:
+        return {node: self._switch(program, node) for node in calls}
+
+    def _switch(self, program: Program, node: fx.Node) -> Switch:
         norm, marks = Norm.match(node), marks_of(node)
         assert norm is not None
         first = None if marks[_FIRST] == "None" else float(marks[_FIRST])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Self
 
 import torch
@@ -137,6 +137,21 @@ class RepParameters:
         return cls(gain, bias, moments.mean, moments.variance, alpha)
 
 
+def check_fits(norm: Norm, parameters: RepParameters) -> None:
+    """Check that a RepBN in the place of a norm can hold these, in the dtype of its input.
+
+    Raises:
+        PassError: one of them is too large for it.
+    """
+    dtype = norm.input.meta["val"].dtype
+    values = (getattr(parameters, field.name) for field in fields(parameters))
+    if not all(is_finite(value.to(dtype)) for value in values):
+        raise PassError(
+            f"%{norm.node.name}: what it reads varies more than {dtype} has numbers for",
+            remedy="convert-dtype{to=bfloat16} first, which has the range of float32",
+        )
+
+
 def insert_rep_batch_norm(program: Program, node: fx.Node, parameters: RepParameters) -> fx.Node:
     """Insert a RepBN behind the input of a norm, which stays, and return the RepBN's result.
 
@@ -150,12 +165,12 @@ def insert_rep_batch_norm(program: Program, node: fx.Node, parameters: RepParame
     """
     norm = Norm.match(node)
     assert norm is not None
+    check_fits(norm, parameters)
     source, value = norm.input, norm.input.meta["val"]
     base = path_of(node) or node.name
 
     def weight(name: str, tensor: Tensor) -> fx.Node:
-        rounded = _rounded(tensor, value.dtype, node)
-        added = program.add_weight(f"{base}.{name}", rounded)
+        added = program.add_weight(f"{base}.{name}", tensor.to(value.dtype))
         if name.startswith("bn.running"):
             program.weights.buffers |= {added}
         return program.weight_node(node.graph, added, before=node)
@@ -176,16 +191,6 @@ def insert_rep_batch_norm(program: Program, node: fx.Node, parameters: RepParame
     normal = call(aten.batch_norm.default, x, *statistics, *settings)
     result = call(aten.add.Tensor, normal, call(aten.mul.Tensor, x, alpha))
     return call(aten.transpose.int, result, 1, value.dim() - 1) if swap else result
-
-
-def _rounded(value: Tensor, dtype: torch.dtype, node: fx.Node) -> Tensor:
-    result = value.to(dtype)
-    if not is_finite(result):
-        raise PassError(
-            f"%{node.name}: what it reads varies more than {dtype} has numbers for",
-            remedy="convert-dtype{to=bfloat16} first, which has the range of float32",
-        )
-    return result
 
 
 def merge_permutations(graph: fx.Graph) -> None:

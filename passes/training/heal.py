@@ -132,7 +132,7 @@ class Heal(Pass):
         original = context.reference(program)
         batches = self._batches(program, context)
         trainee = program.editable()
-        switches = put_switches(trainee)
+        switches = put_switches(trainee, context)
         updates = self._updates(trainee, context.seed)
         student = Student(trainee)
         trained = self._chosen(program, student, updates)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from ...ir import Program, call_key, marks_of
-from ..base import Pass, PassResult
+from ..base import Pass, PassContext, PassResult
 from ..spec import parse
 
 SWITCH = "switch"
@@ -44,8 +44,16 @@ class SwitchingPass(Pass):
     """A pass that can leave its change to training: it marks calls, and ``heal`` turns them."""
 
     @abstractmethod
-    def make_switch(self, program: Program, node: fx.Node) -> Switch:
-        """Return what a marked call becomes while it is trained."""
+    def make_switches(
+        self, program: Program, calls: Sequence[fx.Node], context: PassContext
+    ) -> Mapping[fx.Node, Switch]:
+        """Return what marked calls become while they are trained.
+
+        Args:
+            program: an editable copy that nothing was trained or switched in yet; to be read.
+            calls: those of it with this pass's mark, in graph order.
+            context: of the healing.
+        """
 
     @abstractmethod
     def turn(self, switches: Mapping[fx.Node, Switch], step: int, steps: int, loss: float) -> None:
@@ -106,16 +114,18 @@ def by_key(program: Program, switches: Mapping[fx.Node, Switch]) -> dict[str, Sw
     }
 
 
-def put_switches(program: Program) -> dict[str, dict[fx.Node, Switch]]:
+def put_switches(program: Program, context: PassContext) -> dict[str, Mapping[fx.Node, Switch]]:
     """Put a switch in the place of every marked call; return them by the text of their pass.
 
     Args:
         program: an editable copy, only to be trained.
+        context: of the healing.
     """
-    made: dict[str, dict[fx.Node, Switch]] = {}
-    for text, pass_ in marked_passes(program).items():
-        calls = marked_calls(program, text)
-        made[text] = {node: pass_.make_switch(program, node) for node in calls}
-        for node, switch in made[text].items():
+    made = {
+        text: pass_.make_switches(program, list(marked_calls(program, text)), context)
+        for text, pass_ in marked_passes(program).items()
+    }
+    for switches in made.values():
+        for node, switch in switches.items():
             node.target = switch
     return made

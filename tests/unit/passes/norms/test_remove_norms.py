@@ -196,7 +196,7 @@ def test_switches_turn_in_the_order_of_the_paths() -> None:
     pass_ = RemoveNorms(schedule="progressive", untie=True)
     program = pass_(canonical("gpt2"), context()).program
     marked = [norm.node for norm in norms(program) if "switch" in marks_of(norm.node)]
-    switches = {node: pass_.make_switch(program, node) for node in marked}
+    switches = pass_.make_switches(program, marked, context())
     order: list[str] = []
     for step in range(100):
         pass_.turn(switches, step, 100, 0.0)
@@ -215,7 +215,7 @@ def test_a_live_switch_follows_the_deviation_and_a_frozen_one_does_not() -> None
     pass_ = RemoveNorms(schedule="progressive", untie=True)
     program = pass_(canonical("gpt2"), context()).program
     node = next(norm.node for norm in norms(program) if "switch" in marks_of(norm.node))
-    switch = pass_.make_switch(program, node)
+    switch = pass_.make_switches(program, [node], context())[node]
     assert isinstance(switch, NormSwitch)
     before = float(switch.usual)
     switch.tokens = text(2).tokens
