@@ -115,7 +115,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
     assert [step["pass"] for step in found["passes"]] == [
         "fold-norms",
         "prune-blocks{count=1}",
-        "quantize-weights",
+        "quantize-weights{bits=4}",
     ]
     shown = cli(*words)
     assert "nothing was written" in shown.out
