@@ -51,7 +51,7 @@ class RemoveNorms(SwitchingPass):
     Refuses (``missed``) a LayerNorm that something else than a linear of its own reads, such as
     the residual stream of a post-norm block, because the mean of its input stays; an RMSNorm there
     leaves one product.  A norm that a tied head reads leaves one product and one sum, unless
-    ``untie``.
+    ``untie``.  Refuses, as an error, a program with norms that wait for ``heal`` already.
 
     Attributes:
         target_kl: nats per token at which to stop; none: freeze all.
@@ -86,6 +86,12 @@ class RemoveNorms(SwitchingPass):
                 "norms cannot be measured",
                 remedy="fold what can be folded, with fold-norms",
             )
+        for key, norm in _norms(program).items():
+            if text := marks_of(norm.node).get(SWITCH):
+                raise PassError(
+                    f"remove-norms: {key} waits for heal, which {text} has left it to",
+                    remedy="put heal between the two, or leave one out",
+                )
         if self.target_kl is not None and program.kind not in ("decoder", "encoder-decoder"):
             raise PassError(
                 f"remove-norms: {program.origin.model} ({program.kind}) makes no logits, so "

@@ -274,3 +274,10 @@ def test_first_tokens_are_not_special_where_a_cache_hides_which_they_are() -> No
     (why,) = [r for r in result.remarks if "reads no positions" in r.message]
     assert why.where == "decoder"
     judge_consistency(canonical("t5"), result.program, "remove-norms")
+
+
+@pytest.mark.parametrize("schedule", ["all", "progressive"])
+def test_norms_that_wait_for_healing_are_left_to_it(schedule: Any) -> None:
+    marked = RemoveNorms(schedule="progressive")(canonical("gpt2"), context()).program
+    with pytest.raises(PassError, match="waits for heal"):
+        RemoveNorms(schedule=schedule)(marked, context())
