@@ -9,7 +9,12 @@ from ..ir import Program
 from .base import Fidelity, Pass, PassContext, PassResult, Remark
 from .canonical.formulas import raise_gelus, raise_norms
 from .canonical.noops import drop_noops, fold_constants, merge_sizes
-from .canonical.products import lift_views, raise_grouped_attention, raise_linears
+from .canonical.products import (
+    lift_views,
+    raise_biases,
+    raise_grouped_attention,
+    raise_linears,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +26,8 @@ class Canonicalize(Pass):
     1. drops copies, conversions to the same dtype, neutral additions and products, and views to
        the same shape; asks each symbolic size once; computes weights that depend on weights only
        (a gain written ``1 + w``) when they are read;
-    2. ``x W + b`` with ``W: [in, out]`` becomes ``linear(x, W.T, b)``, without flattening views;
+    2. ``x W + b`` with ``W: [in, out]`` becomes ``linear(x, W.T, b)``, without flattening views,
+       and so does a linear without a bias that only a sum with a weight ``[out]`` reads;
     3. ``x * rsqrt(mean(x^2) + eps) * g`` becomes ``rms_norm(x, g, eps)``, the centred form
        ``layer_norm``;
     4. ``x/2 (1 + tanh(...))`` and ``x/2 (1 + erf(...))`` become ``gelu``;
@@ -45,6 +51,7 @@ class Canonicalize(Pass):
                 "products raised to linear": len(raise_linears(program, graph)),
                 "weights computed from weights": fold_constants(program, graph),
                 "pairs of views dropped": lift_views(program, graph),
+                "biases taken into linears": len(raise_biases(program, graph)),
                 "norms raised": len(raise_norms(program, graph)),
                 "gelus raised": len(raise_gelus(program, graph)),
                 "attentions grouped": len(raise_grouped_attention(program, graph)),

@@ -19,6 +19,7 @@ from .match import (
     is_call,
     operands,
     same_type,
+    same_value,
     scalar_operand,
     through_casts,
 )
@@ -58,7 +59,7 @@ def _normalized(node: fx.Node) -> tuple[fx.Node, float, bool] | None:
             continue
         mean_square, eps = root
         inner = _mean_of_square(mean_square)
-        if inner is None or inner is not centred_value:
+        if inner is None or not same_value(inner, centred_value):
             continue
         if (centre := _centred(inner)) is not None:
             return through_casts(centre), eps, True

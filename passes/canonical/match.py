@@ -66,6 +66,18 @@ def through_casts(node: Any) -> Any:
     return node
 
 
+def same_value(a: object, b: object) -> bool:
+    """Tell whether two arguments are one value: the same, or equal calls of the same values."""
+    if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)):
+        return type(a) is type(b) and bool(a == b)
+    if a is b or a.op != "call_function" or a.target is not b.target:
+        return a is b
+    random = torch.Tag.nondeterministic_seeded in getattr(a.target, "tags", ())
+    if random or a.kwargs != b.kwargs or len(a.args) != len(b.args):
+        return False
+    return all(same_value(x, y) for x, y in zip(a.args, b.args, strict=True))
+
+
 def same_type(a: fx.Node, b: fx.Node) -> bool:
     """Tell whether two values have one dtype and one shape."""
     left, right = a.meta["val"], b.meta["val"]

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import fx
 
-from ...ir import ComputedWeight, Linear, Program, insert_call
+from ...ir import ComputedWeight, Linear, Program, block_of, insert_call
 from ...ir.calls import Attention, argument, is_weight
-from .match import aten, is_call, same_sizes
+from .match import ADD, aten, is_call, operands, same_sizes, same_type
 
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
@@ -127,6 +127,33 @@ def _restores(source: fx.Node, linear: Linear, after: fx.Node) -> bool:
         return False
     wanted = [*map(str, value.shape[:-1]), str(linear.node.meta["val"].shape[-1])]
     return list(map(str, result.shape)) == wanted
+
+
+def raise_biases(program: Program, graph: fx.Graph) -> list[fx.Node]:
+    """Let a linear without a bias ``[out]`` add the one that alone reads it."""
+    raised = []
+    for node in list(graph.nodes):
+        linear = Linear.match(node)
+        if linear is None or linear.bias is not None or len(node.users) != 1:
+            continue
+        (total,) = node.users
+        bias = next((other for value, other in operands(total, ADD) if value is node), None)
+        if bias is None or not _is_row(bias) or not _is_bias_of(bias, node, total):
+            continue
+        args = (linear.input, linear.weight, bias)
+        call = insert_call(graph, aten.linear.default, args, before=total, like=node)
+        total.replace_all_uses_with(call)
+        graph.erase_node(total)
+        graph.erase_node(node)
+        raised.append(call)
+    return raised
+
+
+def _is_bias_of(bias: fx.Node, product: fx.Node, total: fx.Node) -> bool:
+    """Tell whether a sum with a row is what the product's linear would give with that bias."""
+    row, value = bias.meta["val"], product.meta["val"]
+    fits = row.dtype == value.dtype and row.shape[0] == value.shape[-1]
+    return fits and same_type(product, total) and block_of(product) == block_of(total)
 
 
 def raise_grouped_attention(program: Program, graph: fx.Graph) -> list[fx.Node]:

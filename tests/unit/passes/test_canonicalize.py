@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from modelathe.ir import Attention, ComputedWeight, Program, call_name, capture
-from modelathe.passes import Canonicalize
+from modelathe.passes import Canonicalize, PassContext
 from support.feeds import feed
 from support.models import MODELS, canonical, perturb, program
 from support.numeric import EXACT, rounding, worst_error
@@ -60,6 +60,12 @@ def layer(x: Tensor) -> Tensor:
     return centred * torch.rsqrt((centred * centred).mean(-1, keepdim=True) + 1e-5)
 
 
+def cohere(x: Tensor) -> Tensor:
+    """Centre twice, as Cohere does."""
+    mean = x.mean(-1, keepdim=True)
+    return (x - mean) * torch.rsqrt((x - mean).pow(2).mean(-1, keepdim=True) + 1e-5)
+
+
 def tanh_gelu(x: Tensor) -> Tensor:
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
 
@@ -77,6 +83,14 @@ RAISED: dict[str, tuple[Callable[[Formula, Tensor], Tensor], list[str]]] = {
     "rms norm, 1 + gain": (lambda m, x: rms(x) * (1 + m.gain), ["aten.rms_norm"]),
     "layer norm": (lambda m, x: layer(x) * m.gain + m.shift, ["aten.layer_norm"]),
     "layer norm without gain": (lambda m, x: layer(x), ["aten.layer_norm"]),
+    "layer norm, centred twice": (lambda m, x: m.gain * cohere(x), ["aten.layer_norm"]),
+    "layer norm, its mean taken twice": (
+        lambda m, x: (
+            (x - x.mean(-1, keepdim=True))
+            * torch.rsqrt((x - x.mean(-1, keepdim=True)).pow(2).mean(-1, keepdim=True) + 1e-5)
+        ),
+        ["aten.layer_norm"],
+    ),
     "gelu, tanh": (lambda m, x: tanh_gelu(x), ["aten.gelu"]),
     "gelu, tanh in another order": (
         lambda m, x: x * 0.5 * (torch.tanh(x * 0.7978845608 * (1 + 0.044715 * x * x)) + 1),
@@ -96,6 +110,12 @@ RAISED: dict[str, tuple[Callable[[Formula, Tensor], Tensor], list[str]]] = {
         lambda m, x: torch.mm(x.view(-1, 8), m.matrix.t()),
         ["aten.reshape", "aten.linear"],
     ),
+    "product, then a bias": (lambda m, x: x @ m.matrix.t() + m.shift, ["aten.linear"]),
+    "a bias, then a flat product": (
+        lambda m, x: m.shift + (x.view(-1, 8) @ m.matrix).view(2, 3, 8),
+        ["aten.linear"],
+    ),
+    "linear, then a bias": (lambda m, x: F.linear(x, m.matrix) + m.shift, ["aten.linear"]),
     "copies": (lambda m, x: x.clone().contiguous().relu().float().detach(), ["aten.relu"]),
     "neutral numbers": (lambda m, x: ((x * 1 + 0) / 1).relu(), ["aten.relu"]),
     "views of the same shape": (lambda m, x: x.view(2, 3, 8)[:, 0:, :99].relu(), ["aten.relu"]),
@@ -138,6 +158,27 @@ KEPT: dict[str, tuple[Callable[[Formula, Tensor], Tensor], str]] = {
         "aten.addmm",
     ),
     "product of activations": (lambda m, x: torch.mm(x.view(6, 8), x.view(8, 6)), "aten.mm"),
+    "centred by two means": (
+        lambda m, x: (
+            (x - x.mean(-1, keepdim=True))
+            * torch.rsqrt((x - x.mean(0, keepdim=True)).pow(2).mean(-1, keepdim=True) + 1e-5)
+        ),
+        "aten.rsqrt",
+    ),
+    "linear with a bias, then another": (
+        lambda m, x: F.linear(x, m.matrix, m.gain) + m.shift,
+        "aten.add.Tensor",
+    ),
+    "linear plus half a bias": (
+        lambda m, x: torch.add(F.linear(x, m.matrix), m.shift, alpha=0.5),
+        "aten.add.Tensor",
+    ),
+    "linear plus one number": (lambda m, x: F.linear(x, m.matrix) + m.scalar, "aten.add.Tensor"),
+    "linear plus a value": (lambda m, x: F.linear(x, m.matrix) + x, "aten.add.Tensor"),
+    "linear plus a matrix": (
+        lambda m, x: F.linear(x[:, :1], m.matrix) + m.matrix[:1],
+        "aten.add.Tensor",
+    ),
     "every second column": (lambda m, x: x[..., ::2], "aten.slice.Tensor"),
     "twice": (lambda m, x: x * 2, "aten.mul.Tensor"),
     "plus one": (lambda m, x: x + 1, "aten.add.Tensor"),
@@ -166,6 +207,25 @@ def test_a_value_in_the_middle_that_others_read_stays_right() -> None:
     assert calls(after) == ["aten.rms_norm", "aten.mul.Tensor", "aten.add.Tensor"]
 
 
+def test_a_bias_of_a_product_that_others_read_stays_a_sum() -> None:
+    def function(m: Formula, x: Tensor) -> Tensor:
+        product = F.linear(x, m.matrix)
+        return (product + m.shift) * product
+
+    _, after = made(function)
+    assert calls(after) == ["aten.linear", "aten.add.Tensor", "aten.mul.Tensor"]
+
+
+def test_two_draws_of_a_random_value_are_not_one() -> None:
+    def function(m: Formula, x: Tensor) -> Tensor:
+        one, other = (F.dropout(x, 0.5, training=True) for _ in range(2))
+        return one * torch.rsqrt(other.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+    model = Formula(function, torch.float32).eval()
+    after = Canonicalize().run(capture(model, (torch.ones(2, 3, 8),)), PassContext()).program
+    assert "aten.rsqrt" in calls(after)
+
+
 @pytest.mark.parametrize("eps", [1e-6, 1e-3])
 def test_the_epsilon_is_kept(eps: float) -> None:
     _, after = made(lambda m, x: rms(x, eps))
@@ -177,6 +237,17 @@ def test_the_epsilon_is_kept(eps: float) -> None:
 def test_conversions_around_a_norm_go(dtype: torch.dtype) -> None:
     _, after = made(lambda m, x: m.gain * rms(x.float()).to(x.dtype), dtype)
     assert calls(after) == ["aten.rms_norm"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_so_they_do_where_the_gain_is_converted_too(dtype: torch.dtype) -> None:
+    _, after = made(lambda m, x: (m.gain.float() * cohere(x.float())).to(x.dtype), dtype)
+    assert calls(after) == ["aten.layer_norm"]
+
+
+def test_a_bias_of_another_dtype_stays_a_sum() -> None:
+    _, after = made(lambda m, x: F.linear(x, m.matrix).float() + m.shift.float(), torch.bfloat16)
+    assert "aten.add.Tensor" in calls(after)
 
 
 def test_a_gain_that_is_computed_in_float32_is_rounded_once() -> None:
