@@ -164,7 +164,7 @@ def training_batches(
         tokens: of the whole run; no more than half of them, and at most 300 000, are generated.
         batch: tokens in a step, about.
         length: tokens in a window.
-        mix: share of every batch that is generated.
+        mix: share of every batch that is generated; 0 unless the model is a decoder.
 
     Raises:
         DataError: there is no text, or too little.
@@ -178,7 +178,7 @@ def training_batches(
         )
     if text is not None and text.tokens.shape[1] != length:
         text = TokenWindows(text.tokens.reshape(1, -1), text.source, text.sha256)
-    share = 1.0 if alone else mix if program.kind == "decoder" else 0.0
+    share = 1.0 if alone else mix
     rows = max(1, batch // length)
     generated = None
     if share == 1 or (share > 0 and rows > 1):

@@ -78,7 +78,8 @@ class Heal(Pass):
         weights: full: every parameter; lora: a low-rank update of every linear, merged at the end;
             norms: gains and biases of norms; scales: the scales of quantised weights.
         rank: of lora.
-        mix: share of every batch that the untouched model wrote, 0 to 1; decoders only.
+        mix: share of every batch that the untouched model wrote, 0 to 1 (the whole of it where no
+            text is given); none: 0.5 on decoders, and 0 on others, which write none.
         optimizer: adamw, or lamb, which scales each tensor's step to the tensor's length.
         weight_decay: of matrices.
         warmup: share of the steps over which the rate rises; it falls to a tenth, as a cosine.
@@ -101,7 +102,7 @@ class Heal(Pass):
     lr: float | None = None
     weights: Trained = "full"
     rank: int = 16
-    mix: float = 0.5
+    mix: float | None = None
     optimizer: Literal["adamw", "lamb"] = "adamw"
     weight_decay: float = 0.0
     warmup: float = 0.05
@@ -115,12 +116,22 @@ class Heal(Pass):
                 value = getattr(self, name)
                 if value is not None and not (legal(value) and math.isfinite(value)):
                     raise ValueError(f"{name} is {said}, got {value}")
+        if self.weights != "lora" and self.rank != type(self).rank:
+            raise ValueError(f"rank is of weights=lora, and weights is {self.weights}")
+        if self.steps is not None and self.tokens != type(self).tokens:
+            raise ValueError("tokens and steps say the same: give one of them")
 
     def requires(self, program: Program) -> None:
         if not reads_tokens(program):
             raise PassError(
                 f"heal: {program.origin.model} ({program.kind}) reads no text to train on",
                 remedy="train it with program.bind(), which is a module with gradients",
+            )
+        if self.mix and program.kind != "decoder":
+            raise PassError(
+                f"heal: mix={self.mix:g}, and {program.origin.model} ({program.kind}) writes no "
+                "text to mix in",
+                remedy="leave mix out",
             )
         if program.origin.recapture is None:
             raise PassError(
@@ -181,8 +192,10 @@ class Heal(Pass):
         longest = maximum_length(program) or context.calibration_length
         length = min(self.length or context.calibration_length, longest)
         tokens = self.steps * self.batch if self.steps else self.tokens
+        usual = _MIX if program.kind == "decoder" else 0.0
+        mix = usual if self.mix is None else self.mix
         return training_batches(
-            program, context, tokens=tokens, batch=self.batch, length=length, mix=self.mix
+            program, context, tokens=tokens, batch=self.batch, length=length, mix=mix
         )
 
     def _updates(self, trainee: Program, seed: int) -> dict[str, LowRank]:
@@ -231,6 +244,7 @@ class Heal(Pass):
         return digest.hexdigest()[:16]
 
 
+_MIX = 0.5
 _RATES = {"lora": 10.0, "scales": 0.05}
 _MEANT = {
     "full": "parameter",

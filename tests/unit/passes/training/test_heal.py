@@ -70,7 +70,8 @@ def test_tied_stays_tied_and_is_trained_once() -> None:
 )
 def test_only_the_weights_that_were_asked_for_change(weights: Any, part: str) -> None:
     before = pruned("llama")
-    after = heal(before, weights=weights, rank=2).program
+    rank = {"rank": 2} if weights == "lora" else {}
+    after = heal(before, weights=weights, **rank).program
     new = set(after.weights) - set(before.weights)
     assert any(part in name for name in new)
     assert all(name.endswith(".healed") for name in new)
@@ -153,6 +154,28 @@ def test_there_must_be_something_to_train() -> None:
 def test_options_out_of_range_are_refused(option: str, value: float) -> None:
     with pytest.raises(ValueError, match=option):
         Heal(**{option: value})
+
+
+@pytest.mark.parametrize(
+    "options", [{"rank": 2}, {"rank": 2, "weights": "norms"}, {"steps": 3, "tokens": 5}]
+)
+def test_options_that_cannot_act_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        Heal(**options)
+
+
+def test_only_decoders_write_text_to_mix_in() -> None:
+    with pytest.raises(PassError, match=r"mix=0.5, and .* \(encoder\) writes no text") as caught:
+        heal(canonical("bert"), mix=0.5)
+    assert caught.value.remedy == "leave mix out"
+
+
+def test_half_of_a_decoder_s_batches_is_its_own_text() -> None:
+    usual = {name: value for name, value in SHORT.items() if name != "mix"} | {"steps": 1}
+    found = Heal(**usual)(pruned("llama"), context())
+    half = Heal(**usual, mix=0.5)(pruned("llama"), context())
+    assert found.details == half.details
+    assert "generated" not in Heal(**usual)(canonical("bert"), context()).details["curve"][0]
 
 
 def test_a_budget_is_judged_after_healing_only() -> None:
