@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -54,13 +54,20 @@ class ProgramSession(Session):
         return cls(program, folder, manifest, dtype)
 
     @classmethod
-    def open(cls, folder: Path, manifest: Mapping[str, Any], *, threads: int = 0) -> Self:
+    def open(
+        cls,
+        folder: Path,
+        manifest: Mapping[str, Any],
+        *,
+        threads: int = 0,
+        report: Callable[[float], None] | None = None,
+    ) -> Self:
         """Open an artifact folder that holds a program, or a model to capture."""
         from ..ir import capture
 
         if threads:
             torch.set_num_threads(threads)
-        return cls(capture(folder), folder, manifest)
+        return cls(capture(folder.resolve(), report=report), folder, manifest)
 
     def _execute(
         self, graph: str, feeds: Mapping[str, Any], sizes: Mapping[str, int]

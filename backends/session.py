@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ..ir.config import max_length
 from ..ir.dims import evaluate
 from ..ir.errors import DataError, StorageError
+from ..passes.progress import Progress, SilentProgress, share_task
 from .manifest import check_files, read_manifest
 
 Array = NDArray[Any]
@@ -262,28 +263,33 @@ class Session(ABC):
         """Return a tensor of zeros."""
 
 
-def open_artifact(folder: str | Path, *, threads: int = 0) -> Session:
+def open_artifact(
+    folder: str | Path, *, threads: int = 0, progress: Progress | None = None
+) -> Session:
     """Open the artifact in ``folder`` in the runtime that it was made for.
 
     Args:
         folder: an artifact folder, as ``Artifact.save`` writes it.
         threads: processor threads of one operator; 0 leaves the choice to the runtime.
+        progress: is told how far it is.
 
     Raises:
         StorageError: the folder is no complete artifact, or refers to files outside of it.
     """
-    folder = Path(folder)
+    folder, progress = Path(folder), progress or SilentProgress()
     manifest = read_manifest(folder)
     backend = str(manifest["backend"]).partition("{")[0]
     if backend == "onnx":
         from .onnx.session import OnnxSession
 
-        return OnnxSession(folder, manifest, threads=threads)
+        with progress.task(f"opening {folder}"):
+            return OnnxSession(folder, manifest, threads=threads)
     if backend in ("eager", "program", "checkpoint"):
         from .program_session import ProgramSession
 
         check_files(folder, manifest)
-        return ProgramSession.open(folder, manifest, threads=threads)
+        with share_task(progress, f"opening {folder}") as report:
+            return ProgramSession.open(folder, manifest, threads=threads, report=report)
     raise StorageError(
         f"{folder}: was made by backend {backend!r}, which this modelathe cannot run",
         remedy="upgrade modelathe, or install the package that has this backend",

@@ -35,7 +35,7 @@ def command(
     screen = Screen(as_json=as_json)
     with screen.quiet_libraries(debug=debug):
         if is_artifact_word(model) or is_plain_onnx(model):
-            about = artifact_facts(Path(model), graph=graph)
+            about = artifact_facts(Path(model), screen, graph=graph)
         else:
             program = open_program(model, screen, revision=revision, allow_pickle=allow_pickle)
             about = program_facts(program, graph=graph)
@@ -74,7 +74,7 @@ def program_facts(program: Program, *, graph: bool = False) -> dict[str, Any]:
     }
 
 
-def artifact_facts(folder: Path, *, graph: bool = False) -> dict[str, Any]:
+def artifact_facts(folder: Path, screen: Screen, *, graph: bool = False) -> dict[str, Any]:
     """Return what is known of an artifact from its manifest and its files.
 
     Raises:
@@ -102,9 +102,9 @@ def artifact_facts(folder: Path, *, graph: bool = False) -> dict[str, Any]:
     for key in ("blocks", "parameters", "bits_per_weight"):
         about.setdefault(key, manifest.get("sizes", {}).get(key))
     if graph and (is_program_folder(folder) or is_model_folder(folder)):
-        from ..ir import capture, to_text
+        from ..ir import to_text
 
-        about["graph"] = to_text(capture(folder))
+        about["graph"] = to_text(open_program(str(folder.resolve()), screen))
     elif graph:
         about["graph"] = "\n".join(line for path in files for line in graph_lines(path))
     return about

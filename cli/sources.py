@@ -27,10 +27,11 @@ def open_program(
     Raises:
         CaptureError: ``word`` names no model that can be captured.
     """
-    with screen.progress.task(f"capturing {word}"):
-        from ..ir import capture
+    from ..ir import capture
+    from ..passes.progress import share_task
 
-        return capture(word, revision=revision, allow_pickle=allow_pickle)
+    with share_task(screen.progress, f"capturing {word}") as report:
+        return capture(word, revision=revision, allow_pickle=allow_pickle, report=report)
 
 
 def open_session(
@@ -54,10 +55,9 @@ def open_artifact_folder(word: str, screen: Screen, *, threads: int = 0) -> Sess
     Raises:
         StorageError: the folder is no artifact.
     """
-    with screen.progress.task(f"opening {word}"):
-        from ..backends.session import open_artifact
+    from ..backends.session import open_artifact
 
-        return open_artifact(word, threads=threads)
+    return open_artifact(word, threads=threads, progress=screen.progress)
 
 
 def _may_be_model(word: str) -> bool:

@@ -24,6 +24,7 @@ from .calls import (
     is_weight,
 )
 from .capture import capture
+from .computed import SCRATCH, ComputedWeight
 from .errors import (
     CaptureError,
     DataError,
@@ -35,6 +36,7 @@ from .errors import (
     StorageError,
     VerifyError,
 )
+from .files import FileWeight, SafetensorsFile
 from .infer import insert_call
 from .precision import cast_weight, converted, kept_calls, main_dtype
 from .printer import call_name, fingerprint, graph_text, to_text
@@ -50,17 +52,7 @@ from .program import (
 )
 from .storage import is_program_folder, load_program, save_program
 from .verifier import INVARIANTS, verify
-from .weights import (
-    SCRATCH,
-    ComputedWeight,
-    FileWeight,
-    SafetensorsFile,
-    TensorWeight,
-    Weight,
-    Weights,
-    content_hash,
-    is_finite,
-)
+from .weights import TensorWeight, Weight, Weights, content_hash, is_finite
 
 __all__ = [
     "INVARIANTS",

@@ -163,15 +163,19 @@ def _same_type(a: fx.Node, b: fx.Node) -> bool:
     return same and left.dtype == right.dtype
 
 
-def stamp(graph: fx.Graph, signature: Signature) -> None:
+def stamp(graph: fx.Graph, signature: Signature, one_layer: bool = False) -> None:
     """Note each call's module path and block, from the module stacks that capture left.
 
     The rule: among module paths that end in a number, those of one parent are candidates; a parent
     counts when at least two instances have one class; one nested in another is dropped; the one
-    that covers most calls gives the blocks.
+    that covers most calls gives the blocks.  One layer cannot be told from any other module by
+    that, so where the configuration says that there is one (``one_layer``) and no parent counts,
+    an only child does.
     """
     stacks = {n: info_of(n).get("stack", []) for n in graph.nodes if n.op == "call_function"}
-    parent = _repeated_parent(stacks)
+    parent = _repeated_parent(stacks, 2)
+    if parent is None and one_layer:
+        parent = _repeated_parent(stacks, 1)
     for node, stack in stacks.items():
         info: dict[str, Any] = {"path": stack[-1][0] if stack else ""}
         for path, instance, _ in stack:
@@ -191,7 +195,7 @@ def _is_child(path: str, parent: str) -> bool:
     return head == parent and tail.isdigit()
 
 
-def _repeated_parent(stacks: dict[fx.Node, list[list[str]]]) -> str | None:
+def _repeated_parent(stacks: dict[fx.Node, list[list[str]]], least: int) -> str | None:
     instances: dict[str, dict[tuple[str, str], str]] = defaultdict(dict)
     covered: dict[str, int] = defaultdict(int)
     for stack in stacks.values():
@@ -203,7 +207,8 @@ def _repeated_parent(stacks: dict[fx.Node, list[list[str]]]) -> str | None:
     kept = [
         parent
         for parent, found in instances.items()
-        if max(list(found.values()).count(kind) for kind in found.values()) >= 2
+        if max(list(found.values()).count(kind) for kind in found.values()) >= least
+        and (least > 1 or len(found) == 1)
     ]
     outermost = [p for p in kept if not any(p.startswith(f"{other}.") for other in kept)]
     return max(outermost, key=lambda p: covered[p], default=None)

@@ -1,16 +1,11 @@
-"""A Hugging Face model folder: its module with fake parameters, its weights unread.
-
-Names in files are mapped to parameters by transformers' own conversion mapping, so that renamed
-heads and fused experts are found as ``from_pretrained`` finds them.
-"""
+"""A Hugging Face model folder: its module with fake parameters, its weights unread."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +14,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from .computed import ComputedWeight
 from .errors import CaptureError, StorageError
-from .weights import ComputedWeight, SafetensorsFile, TensorWeight, Weight
+from .files import SafetensorsFile
+from .weights import TensorWeight, Weight
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -236,123 +233,3 @@ def _pickled(folder: Path, allow_pickle: bool) -> dict[str, Weight]:
             ) from error
         stored |= {name: TensorWeight(t) for name, t in tensors.items() if isinstance(t, Tensor)}
     return stored
-
-
-def tied_names(model: nn.Module) -> dict[str, str]:
-    """Return, for every name of a parameter, the first name of the same parameter."""
-    first: dict[int, str] = {}
-    return {
-        name: first.setdefault(id(parameter), name)
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-    }
-
-
-def tied_tensors(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return, for every name of a tensor, the first name of the same numbers in memory."""
-    first: dict[Any, str] = {}
-    return {
-        name: first.setdefault((t.data_ptr(), t.dtype, t.shape, t.stride()), name)
-        for name, t in state.items()
-        if t.numel()
-    }
-
-
-def map_weights(model: Any, stored: dict[str, Weight], folder: Path) -> dict[str, Weight]:
-    """Return a weight for every parameter and persistent buffer of ``model`` found in ``stored``.
-
-    Raises:
-        CaptureError: a parameter is in no file, or has another shape there.
-    """
-    found = _convert(model, stored)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    canonical = tied_names(model)
-    present = {canonical[name] for name in found if name in canonical}
-    missing = sorted({first for name, first in canonical.items() if first not in present})
-    if missing:
-        raise CaptureError(
-            f"{folder}: {len(missing)} of the model's weights are in no file, such as {missing[0]}",
-            remedy="the checkpoint is incomplete, or config.json describes another model",
-        )
-    for name, weight in found.items():
-        expected = parameters.get(name)
-        if expected is not None and tuple(expected.shape) != weight.shape:
-            raise CaptureError(
-                f"{folder}: {name} is {list(weight.shape)} in the file and "
-                f"{list(expected.shape)} by config.json",
-                remedy="weights and config.json belong to different models",
-            )
-    return found
-
-
-def _convert(model: Any, stored: dict[str, Weight]) -> dict[str, Weight]:
-    """Apply transformers' conversion mapping; an entry made of several tensors is computed."""
-    from transformers import conversion_mapping, core_model_loading
-
-    transforms = conversion_mapping.get_model_conversion_mapping(model)
-    converters = [t for t in transforms if isinstance(t, core_model_loading.WeightConverter)]
-    renamings = [t for t in transforms if isinstance(t, core_model_loading.WeightRenaming)]
-    state = model.state_dict(keep_vars=True)
-    groups: dict[str, list[tuple[str, str | None]]] = {}
-    for key in sorted(stored, key=core_model_loading.dot_natural_key):
-        target, pattern = core_model_loading.rename_source_key(
-            key, renamings, converters, model.base_model_prefix, state
-        )
-        groups.setdefault(target, []).append((key, pattern))
-    patterns = {pattern: c for c in converters for pattern in c.source_patterns}
-    found: dict[str, Weight] = {}
-    for target, parts in groups.items():
-        key, pattern = parts[0]
-        if pattern is None:
-            found[target] = stored[key]
-        else:
-            found |= _converted(model, patterns[pattern], target, parts, stored)
-    return found
-
-
-def _converted(
-    model: Any,
-    converter: Any,
-    target: str,
-    parts: list[tuple[str, str | None]],
-    stored: dict[str, Weight],
-) -> dict[str, Weight]:
-    """Return lazy entries for what ``converter`` makes of ``parts``."""
-    keys = [key for key, _ in parts]
-
-    def convert(*tensors: Tensor) -> dict[str, Tensor]:
-        fresh = copy.deepcopy(converter)
-        for (key, pattern), tensor in zip(parts, tensors, strict=True):
-            fresh.add_tensor(target, key, pattern, tensor)
-        made = fresh.convert(target, model=model, config=model.config)
-        return {n: t[0] if isinstance(t, list) else t for n, t in made.items()}
-
-    state = model.state_dict(keep_vars=True)
-    inputs = [stored[key] for key in keys]
-    names = _result_names(converter, target, state)
-    rule = f"convert {type(converter).__name__} {sorted(converter.source_patterns)}"
-    return {
-        name: ComputedWeight(
-            f"{rule} -> {name}",
-            inputs,
-            tuple(state[name].shape),
-            inputs[0].dtype,
-            lambda *tensors, name=name: convert(*tensors)[name],
-        )
-        for name in names
-    }
-
-
-def _result_names(converter: Any, target: str, state: dict[str, Any]) -> list[str]:
-    """Return the parameters that a conversion named ``target`` gives."""
-    made = [target]
-    for pattern in converter.target_patterns:
-        for other in converter.target_patterns:
-            if other in target:
-                made.append(target.replace(other, pattern))
-    names = sorted({name for name in made if name in state})
-    if not names:
-        raise CaptureError(
-            f"transformers' conversion to {target} names no parameter of the model",
-            remedy="report the architecture: its conversion is of a kind not met before",
-        )
-    return names

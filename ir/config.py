@@ -13,9 +13,19 @@ _LENGTH_KEYS = (
     "max_target_positions",
     "seq_length",
 )
+_DEPTH_KEYS = (
+    *("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    *("encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers"),
+)
 # Families, and those named after them (xlm-roberta), whose positions begin behind the padding one.
 # No key of a configuration tells.
 _POSITIONS_BEHIND_PADDING = ("roberta", "mpnet", "camembert", "data2vec-text", "longformer")
+
+
+def has_one_layer(config: Mapping[str, Any]) -> bool:
+    """Tell whether a model, or its encoder or decoder, is said to have one layer only."""
+    parts = [config, *(value for value in config.values() if isinstance(value, Mapping))]
+    return any(part.get(key) == 1 for part in parts for key in _DEPTH_KEYS)
 
 
 def max_length(config: Mapping[str, Any]) -> int | None:

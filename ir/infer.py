@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -93,8 +93,12 @@ def infer_graph(
     weights: Weights,
     dtypes: Mapping[str, torch.dtype],
     sizes: Sizes,
+    step: Callable[[], None] = lambda: None,
 ) -> None:
-    """Give every node of ``graph`` its shape and dtype, from the inputs' sizes and dtypes."""
+    """Give every node of ``graph`` its shape and dtype, from the inputs' sizes and dtypes.
+
+    ``step`` is called after every node.
+    """
     names = iter(signature.inputs)
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -105,6 +109,7 @@ def infer_graph(
         elif node.op == "call_function":
             node.meta["val"] = infer_call(sizes.mode, node)
             note_inferred(node)
+        step()
 
 
 def infer_call(mode: FakeTensorMode, node: fx.Node) -> Any:

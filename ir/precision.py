@@ -10,10 +10,11 @@ from torch import Tensor, fx
 
 from .blocks import info_of, set_info
 from .calls import Attention, Norm
+from .computed import ComputedWeight
 from .errors import PassError
 from .infer import fake_mode, fake_weight, infer_call, is_inferred, note_inferred
 from .program import Program
-from .weights import ComputedWeight, Weight, Weights
+from .weights import Weight, Weights
 
 Keep = Literal["norms", "softmax"]
 aten = torch.ops.aten

@@ -16,6 +16,7 @@ from .weights import TensorWeight, Weight, Weights
 
 if TYPE_CHECKING:
     from .execute import Bound
+    from .watch import Report
 
 Kind = Literal["decoder", "encoder", "encoder-decoder", "vision", "module"]
 MAIN = "main"
@@ -79,10 +80,10 @@ class Origin:
     source: str = ""
     record: Mapping[str, Any] = field(default_factory=dict)
     checks: Any = None
-    recapture: Callable[[], Program] | None = None
+    recapture: Callable[[Report | None], Program] | None = None
 
-    def reference(self) -> Program:
-        """Return the program as it was captured.
+    def reference(self, report: Report | None = None) -> Program:
+        """Return the program as it was captured; ``report`` is as ``capture`` takes it.
 
         Raises:
             CaptureError: the source of a program that was loaded from a folder is gone.
@@ -92,7 +93,7 @@ class Origin:
                 f"the untouched model behind {self.model} is not available",
                 remedy="keep the source model where it was, or pass it with --against",
             )
-        return self.recapture()
+        return self.recapture(report)
 
 
 @dataclass(slots=True)

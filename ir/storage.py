@@ -15,9 +15,11 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from .errors import StorageError
+from .files import ALIGNMENT, FileWeight, SafetensorsFile
 from .infer import Sizes, infer_graph, size_hints
 from .program import Origin, Program, Signature
-from .weights import ALIGNMENT, FileWeight, SafetensorsFile, Weight, Weights, bytes_of, is_finite
+from .watch import Report, Watch
+from .weights import Weight, Weights, bytes_of, is_finite
 
 PROGRAM_FILE = "program.json"
 WEIGHTS_FILE = "weights.safetensors"
@@ -100,8 +102,12 @@ def save_program(
     (folder / PROGRAM_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def load_program(folder: Path) -> Program:
+def load_program(folder: Path, report: Report | None = None) -> Program:
     """Read a program that ``save_program`` wrote; weights stay unread.
+
+    Args:
+        folder: where it was written.
+        report: called with the share of the work that is done, 0 to 1, as it grows.
 
     Raises:
         StorageError: a file is missing, damaged, or of another version.
@@ -115,7 +121,7 @@ def load_program(folder: Path) -> Program:
                 f"version {FORMAT_VERSION}",
                 remedy="run the pipeline again with this version of modelathe",
             )
-        return _decode_program(folder, description)
+        return _decode_program(folder, description, Watch(report))
     except StorageError:
         raise
     except Exception as error:  # a damaged graph makes shape rules raise nearly anything
@@ -125,7 +131,7 @@ def load_program(folder: Path) -> Program:
         ) from error
 
 
-def _decode_program(folder: Path, description: dict[str, Any]) -> Program:
+def _decode_program(folder: Path, description: dict[str, Any], watch: Watch) -> Program:
     from . import ops as _ops  # noqa: F401  (registers our operators, which graphs may name)
 
     file = SafetensorsFile(folder / WEIGHTS_FILE)
@@ -144,7 +150,8 @@ def _decode_program(folder: Path, description: dict[str, Any]) -> Program:
         signature = Signature(tuple(content["inputs"]), tuple(content["outputs"]), dims)
         graph = _decode_graph(content["nodes"])
         dtypes = {n: getattr(torch, d) for n, d in content["dtypes"].items()}
-        infer_graph(graph, signature, weights, dtypes, sizes)
+        with watch.stage(1 / len(contents), len(graph.nodes)) as step:
+            infer_graph(graph, signature, weights, dtypes, sizes, step)
         program.graphs[name], program.signatures[name] = graph, signature
     return program
 
@@ -323,11 +330,11 @@ def _decode_origin(encoded: dict[str, Any]) -> Origin:
         tuple(encoded["notes"]),
         encoded["source"],
         encoded["record"],
-        recapture=lambda: _recapture(source),
+        recapture=lambda report: _recapture(source, report),
     )
 
 
-def _recapture(source: str) -> Program:
+def _recapture(source: str, report: Report | None) -> Program:
     from .capture import capture
 
-    return capture(source)
+    return capture(source, report=report)

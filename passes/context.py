@@ -12,6 +12,7 @@ import torch
 from ..ir import DataError, Program
 from ..ir.config import max_length
 from .data import (
+    USUAL_SAMPLES,
     TextSource,
     TokenWindows,
     calibration_windows,
@@ -20,7 +21,7 @@ from .data import (
     read_text,
     tokenize,
 )
-from .progress import Progress, SilentProgress
+from .progress import Progress, SilentProgress, share_task
 
 SELF = "self"
 
@@ -35,7 +36,8 @@ class PassContext:
             random tokens on encoders.
         check_text: what fidelity is measured on; None for the calibration text's last tenth,
             which never calibrates, else for text of the model's own.
-        calibration_samples: windows to calibrate on, at least 1.
+        calibration_samples: windows to calibrate on, at least 1; None for 128, or as many as a
+            text has.
         calibration_length: tokens in a window, at least 2; cut to the model's maximum.
         check_tokens: tokens to measure fidelity on, at most; at least 2.
         seed: of everything random.
@@ -47,7 +49,7 @@ class PassContext:
 
     calibration: TextSource | TokenWindows | None = None
     check_text: TextSource | TokenWindows | None = None
-    calibration_samples: int = 128
+    calibration_samples: int | None = None
     calibration_length: int = 512
     check_tokens: int = 8192
     seed: int = 0
@@ -64,7 +66,8 @@ class PassContext:
     def __post_init__(self) -> None:
         # One token alone predicts nothing.
         for name, least in (("samples", 1), ("length", 2)):
-            if (value := getattr(self, f"calibration_{name}")) < least:
+            value = getattr(self, f"calibration_{name}")
+            if value is not None and value < least:
                 raise ValueError(f"calibration_{name} is at least {least}, got {value}")
         if self.check_tokens < 2:
             raise ValueError(f"check_tokens is at least 2, got {self.check_tokens}")
@@ -92,7 +95,8 @@ class PassContext:
         known = self._captured
         if known and known[0].origin.recapture is program.origin.recapture:
             return known[0]
-        return program.origin.reference()
+        with share_task(self.progress, "capturing the untouched model") as report:
+            return program.origin.reference(report)
 
     def remember(self, captured: Program) -> None:
         """Have ``reference`` return ``captured``, an untouched model, instead of capturing it."""
@@ -187,8 +191,9 @@ class PassContext:
                 remedy="use passes that need no calibration",
             )
         if self.calibration is None or self.calibration == SELF:
-            return self._made_up(program, self.calibration_samples, self._length(program))
-        return calibration_windows(
+            samples = self.calibration_samples or USUAL_SAMPLES
+            return self._made_up(program, samples, self._length(program))
+        windows = calibration_windows(
             self.calibration,
             tokenizer_of(program),
             samples=self.calibration_samples,
@@ -196,6 +201,13 @@ class PassContext:
             seed=self.seed,
             vocab_size=vocabulary(program),
         )
+        count, length = windows.tokens.shape
+        if self.calibration_samples is None and count < USUAL_SAMPLES:
+            self.progress.note(
+                f"{windows.source}: {count} windows of {length} tokens to calibrate on, for it has "
+                f"no more ({USUAL_SAMPLES} are usual)"
+            )
+        return windows
 
     def _check(self, program: Program) -> TokenWindows:
         length = min(self._length(program), self.check_tokens)

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..ir.errors import DataError
 
 HELD_OUT = 0.1  # the share of a text, its end, that checks may use and calibration may not
+USUAL_SAMPLES = 128  # windows to calibrate on where nobody says how many
 _PLAIN = (".txt", ".md", ".rst", "")
 
 
@@ -166,9 +167,10 @@ def choose_windows(tokens: Tensor, samples: int, length: int, seed: int) -> Tens
     slots = len(tokens) // length
     if slots < samples:
         needed = f"{samples} windows of {length} need {samples * length}"
-        other = f"ask for at most {slots} windows of {length}"
-        other = other if slots else f"windows of at most {len(tokens) // samples} tokens"
-        remedy = "give more text" + (f", or {other}" if len(tokens) >= samples else "")
+        shorter = len(tokens) // samples
+        other = f", or pass --calibration-length {shorter}" if shorter > 1 else ""
+        other = f", or pass --calibration-samples {slots}" if slots else other
+        remedy = f"give more text{other}"
         raise DataError(f"too little text: {len(tokens)} tokens, and {needed}", remedy)
     # Not torch's generator: Python documents that `random()` stays the same between releases.
     draw = random.Random(seed)
@@ -210,18 +212,22 @@ def calibration_windows(
     source: TextSource,
     tokenizer: Tokenizer | None,
     *,
-    samples: int,
+    samples: int | None,
     length: int,
     seed: int,
     vocab_size: int | None = None,
 ) -> TokenWindows:
     """Return random windows of `source` without its last tenth, as calibration uses them.
 
+    `samples` of them; None stands for `USUAL_SAMPLES`, or as many as there are.
+
     Raises:
         DataError: see `read_text`, `tokenize` and `choose_windows`.
     """
     text, _ = read_text(source).split()
-    tokens = choose_windows(tokenize(text, tokenizer, vocab_size), samples, length, seed)
+    row = tokenize(text, tokenizer, vocab_size)
+    count = samples or min(USUAL_SAMPLES, max(1, len(row) // length))
+    tokens = choose_windows(row, count, length, seed)
     return TokenWindows(tokens, text.source, text.sha256)
 
 

@@ -136,7 +136,7 @@ class Pipeline:
         context = self.context.fresh()
         # Capturing the source again takes its time, so only where something is compared with it.
         again = self.check and bool(program.origin.passes)
-        captured = program.origin.reference() if again else program
+        captured = context.reference(program) if again else program
         reference = Reference(captured, context)
         if not captured.origin.passes:
             context.remember(captured)

@@ -8,6 +8,8 @@ from typing import Protocol
 
 Advance = Callable[[int], None]
 
+_PARTS = 1000  # of work whose progress is a share
+
 
 class Progress(Protocol):
     """A listener for long work.
@@ -22,6 +24,24 @@ class Progress(Protocol):
 
     def note(self, message: str) -> None:
         """Tell the user one line, now: a choice that was made for them, a warning."""
+
+
+@contextmanager
+def share_task(progress: Progress, title: str) -> Iterator[Callable[[float], None]]:
+    """Announce work that tells which share of it, 0 to 1, is done; the value takes such a share.
+
+    ``with share_task(progress, "capturing") as report: capture(model, report=report)``.
+    """
+    with progress.task(title, total=_PARTS) as advance:
+        told = 0
+
+        def report(share: float) -> None:
+            nonlocal told
+            if (parts := int(share * _PARTS)) > told:
+                advance(parts - told)
+                told = parts
+
+        yield report
 
 
 class SilentProgress:

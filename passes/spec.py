@@ -230,19 +230,27 @@ def _word(token: _Token) -> Word:
 
 def _build(text: str, entry: _Entry, registry: Mapping[str, type[T]], base: type[object]) -> T:
     kind = _find(text, entry.name, registry, base)
-    arguments = _arguments(text, entry, kind)
+    remedy = _more_about(entry.name.text, registry, base)
+    arguments = _arguments(text, entry, kind, remedy)
     required = [option for option in options_of(kind).values() if option.required]
     if missing := [option.name for option in required if option.attribute not in arguments]:
         needs = " and ".join(f"{name}=" for name in missing)
-        raise SpecSyntaxError(text, entry.name.position, f"{entry.name.text} needs {needs}")
+        problem = f"{entry.name.text} needs {needs}"
+        raise SpecSyntaxError(text, entry.name.position, problem, remedy)
     try:
         return kind(**arguments)
     except ValueError as error:
         problem = f"{entry.name.text}: {error}"
-        raise SpecSyntaxError(text, entry.name.position, problem) from error
+        raise SpecSyntaxError(text, entry.name.position, problem, remedy) from error
 
 
-def _arguments(text: str, entry: _Entry, kind: type[Any]) -> dict[str, object]:
+def _more_about(name: str, registry: Mapping[str, type[Any]], base: type[object]) -> str:
+    """Return the remedy that says where the options of a pass or backend are listed."""
+    command = {"Pass": "passes", "Backend": "backends"}.get(base.__name__)
+    return f"see its options: modelathe {command} {name}" if command and name in registry else ""
+
+
+def _arguments(text: str, entry: _Entry, kind: type[Any], more: str) -> dict[str, object]:
     options = options_of(kind)
     arguments: dict[str, object] = {}
     for key, values in entry.options:
@@ -258,7 +266,7 @@ def _arguments(text: str, entry: _Entry, kind: type[Any]) -> dict[str, object]:
             arguments[option.attribute] = option.type.read(values)
         except RefusedValueError as error:
             position = (error.word or key).position
-            raise SpecSyntaxError(text, position, f"{key.text} {error}") from None
+            raise SpecSyntaxError(text, position, f"{key.text} {error}", more) from None
     return arguments
 
 

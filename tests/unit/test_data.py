@@ -193,10 +193,10 @@ def test_too_little_text_says_how_much_there_is_and_is_needed() -> None:
     message = "too little text: 20 tokens, and 3 windows of 7 need 21"
     with pytest.raises(DataError, match=message) as caught:
         choose_windows(torch.arange(20), 3, 7, seed=0)
-    assert caught.value.remedy == "give more text, or ask for at most 2 windows of 7"
+    assert caught.value.remedy == "give more text, or pass --calibration-samples 2"
     with pytest.raises(DataError, match="6 tokens") as caught:
         choose_windows(torch.arange(6), 3, 7, seed=0)
-    assert caught.value.remedy == "give more text, or windows of at most 2 tokens"
+    assert caught.value.remedy == "give more text, or pass --calibration-length 2"
 
 
 def test_leading_windows_start_at_the_beginning() -> None:

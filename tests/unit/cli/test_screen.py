@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from rich.console import Console
 
 from modelathe.cli import screen as screen_module
 from modelathe.cli.screen import BarProgress, Screen, count_text, figure, size_text
+from modelathe.passes.progress import Advance, SilentProgress, share_task
 
 
 @pytest.mark.parametrize(
@@ -100,3 +103,18 @@ def test_warnings_of_libraries_are_hidden(capsys: pytest.CaptureFixture[str]) ->
     with Screen().quiet_libraries(debug=False):
         warnings.warn("noise", DeprecationWarning, stacklevel=1)
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_share_moves_a_bar() -> None:
+    advanced: list[int] = []
+
+    class Listener(SilentProgress):
+        @contextmanager
+        def task(self, title: str, total: int | None = None) -> Iterator[Advance]:
+            assert (title, total) == ("capturing", 1000)
+            yield advanced.append
+
+    with share_task(Listener(), "capturing") as report:
+        for share in (0.0, 0.25, 0.25, 0.2504, 1.0):
+            report(share)
+    assert advanced == [250, 750]

@@ -10,6 +10,7 @@ from torch import nn
 
 from modelathe.ir import capture, find_blocks, path_of
 from modelathe.ir.blocks import block_of, info_of, set_info
+from support.folders import tiny_bert
 from support.models import MODELS, canonical, program
 
 # model, graph -> keys of the blocks
@@ -77,6 +78,24 @@ def test_a_note_belongs_to_one_graph() -> None:
         set_info(node, block="elsewhere")
     after = {node.name: block_of(node) for node in program("tied-blocks").graph.nodes}
     assert after == before
+
+
+ONE = {"bert": ["encoder.layer.0"], "t5": ["encoder.block.0", "decoder.block.0"]}
+
+
+@pytest.mark.parametrize("name", ONE)
+def test_an_only_layer_is_a_block_where_the_configuration_says_so(name: str) -> None:
+    if name == "bert":
+        model = tiny_bert()
+    else:
+        from transformers import T5Config, T5ForConditionalGeneration
+
+        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+        model = T5ForConditionalGeneration(T5Config(vocab_size=16, **sizes)).eval()
+    graphs = capture(model).graphs.values()
+    (*blocks,) = (block for graph in graphs for block in find_blocks(graph))
+    assert [block.key for block in blocks] == ONE[name]
+    assert all(block.input is not None and block.output is not None for block in blocks)
 
 
 def test_one_layer_is_no_repetition() -> None:

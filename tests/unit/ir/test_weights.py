@@ -18,8 +18,8 @@ from modelathe.ir import (
     Weights,
     content_hash,
 )
-from modelathe.ir import weights as weights_module
-from modelathe.ir.weights import Scratch
+from modelathe.ir import files as files_module
+from modelathe.ir.computed import Scratch
 
 
 def seeded(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -88,13 +88,13 @@ def test_what_is_not_finite_is_found_at_the_first_read(
 
 def test_finiteness_is_asked_once(file: SafetensorsFile, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Tensor] = []
-    real = weights_module.is_finite
+    real = files_module.is_finite
 
     def ask(tensor: Tensor) -> bool:
         asked.append(tensor)
         return real(tensor)
 
-    monkeypatch.setattr(weights_module, "is_finite", ask)
+    monkeypatch.setattr(files_module, "is_finite", ask)
     weight = file.weights()["a"]
     weight.load()
     weight.load(torch.float64)

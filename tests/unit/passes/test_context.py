@@ -119,6 +119,21 @@ def test_a_model_too_large_to_generate_with_needs_a_text(monkeypatch: pytest.Mon
     assert "--calibration" in caught.value.remedy
 
 
+def test_the_usual_number_of_windows_is_what_a_text_has(tokens: Path, listener: Listener) -> None:
+    options = {**SMALL, "calibration_samples": None, "calibration_length": 16}
+    context = PassContext(calibration=tokens, progress=listener, **options)
+    assert context.calibration_tokens(program("llama")).tokens.shape == (90, 16)
+    (note,) = listener.notes
+    assert "90 windows of 16 tokens to calibrate on, for it has no more (128 are usual)" in note
+
+
+def test_a_number_that_was_asked_for_is_an_error_where_there_are_fewer(tokens: Path) -> None:
+    options = {**SMALL, "calibration_samples": 128, "calibration_length": 16}
+    with pytest.raises(DataError, match="too little text: 1440 tokens") as caught:
+        PassContext(calibration=tokens, **options).calibration_tokens(program("llama"))
+    assert caught.value.remedy == "give more text, or pass --calibration-samples 90"
+
+
 def test_the_last_tenth_of_a_text_checks_and_never_calibrates(tokens: Path) -> None:
     context = PassContext(calibration=tokens, **{**SMALL, "calibration_samples": 200})
     found = program("llama")

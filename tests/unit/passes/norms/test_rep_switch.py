@@ -276,7 +276,8 @@ def test_the_rest_of_a_run_makes_up_for_what_turning_costs(name: str) -> None:
 def test_switches_learn_whatever_else_does(weights: str) -> None:
     program = marked("gpt2")
     start = {key: s.rep for key, s in by_key(program, switches(program)).items()}
-    result = Heal(**{**SHORT, "weights": weights, "rank": 2})(program, context()).program
+    rank = {"rank": 2} if weights == "lora" else {}
+    result = Heal(**{**SHORT, "weights": weights, **rank})(program, context()).program
     (first, *_) = reps(result)
     assert isinstance(first.alpha, fx.Node)
     (held, *_) = start.values()
