@@ -16,6 +16,7 @@ from .sources import is_artifact_word, is_model_folder, is_plain_onnx, open_prog
 
 if TYPE_CHECKING:
     from ..ir import Program
+    from ..passes import Pipeline
 
 # Facts that differ between any two runs and say nothing about what was made.
 _UNINTERESTING = ("files", "steps")
@@ -31,7 +32,10 @@ def command(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show what a pipeline changes in A (-p TEXT), or how A and B differ."""
+    """Show what a pipeline changes in A (-p TEXT), or how A and B differ.
+
+    Models are compared in their canonical form, which every pipeline begins with.
+    """
     if (second is None) == (pipeline is None):
         raise typer.BadParameter("give either a second thing to compare with, or -p PIPELINE")
     screen = Screen(as_json=as_json)
@@ -39,8 +43,7 @@ def command(
         if second is not None and _is_lowered(first) and _is_lowered(second):
             found = artifact_differences(Path(first), Path(second))
         else:
-            texts = _program_texts(screen, first, second, pipeline, allow_pickle)
-            found = {"changed": texts[0] != texts[1], "diff": text_diff(*texts)}
+            found = _program_differences(screen, first, second, pipeline, allow_pickle)
     if as_json:
         return screen.emit(found)
     return _show(screen, found)
@@ -81,29 +84,63 @@ def text_diff(before: str, after: str) -> str:
     return "\n".join(lines)
 
 
-def _program_texts(
+def _program_differences(
     screen: Screen, first: str, second: str | None, pipeline: str | None, allow_pickle: bool
-) -> tuple[str, str]:
+) -> dict[str, Any]:
+    """Compare two models, or one before and after a pipeline, in their canonical form.
+
+    A pipeline that begins with ``canonicalize`` is compared with the model as it was captured.
+    """
     from ..ir import to_text
+    from ..passes import Canonicalize
 
     for word in filter(None, (first, second)):
         if _is_lowered(word):
             raise typer.BadParameter(f"{word} is an artifact: compare it with another artifact")
-    before = open_program(first, screen, allow_pickle=allow_pickle)
-    if second is not None:
-        after = open_program(second, screen, allow_pickle=allow_pickle)
-        return to_text(before), to_text(after)
-    assert pipeline is not None
-    return to_text(before), to_text(_apply(screen, before, pipeline))
+    made = None if pipeline is None else _parsed(screen, pipeline)
+    captured = open_program(first, screen, allow_pickle=allow_pickle)
+    before = _canonical(captured)
+    if made is None:
+        assert second is not None
+        after = _canonical(open_program(second, screen, allow_pickle=allow_pickle))
+    else:
+        after = made(captured).program
+        if made.passes and isinstance(made.passes[0], Canonicalize):
+            before = captured
+    texts = to_text(before), to_text(after)
+    values = _other_values(screen, before, after) if made is None else []
+    changed = texts[0] != texts[1] or bool(values)
+    return {"changed": changed, "diff": text_diff(*texts), "values": values}
 
 
-def _apply(screen: Screen, program: Program, pipeline: str) -> Program:
+def _parsed(screen: Screen, pipeline: str) -> Pipeline:
     from ..passes import PassContext, Pipeline
 
     context = PassContext(progress=screen.progress)
     # The checks judge values, which a diff of the text does not show; `run` makes them.
-    made = Pipeline.parse(pipeline_text(pipeline), context=context, check=False)
-    return made(program).program
+    return Pipeline.parse(pipeline_text(pipeline), context=context, check=False)
+
+
+def _canonical(program: Program) -> Program:
+    """Return the form that every pipeline begins with, which a saved program already has."""
+    from ..passes import Canonicalize, PassContext
+
+    return Canonicalize()(program, PassContext()).program
+
+
+def _other_values(screen: Screen, before: Program, after: Program) -> list[str]:
+    """Return the weights that have the same name, sizes and dtype in both and other numbers."""
+    import torch
+
+    pairs = {name: (before.weights[name], after.weights.get(name)) for name in before.weights}
+    found = []
+    with screen.progress.task("comparing weights", total=len(pairs)) as advance:
+        for name, (mine, theirs) in pairs.items():
+            alike = theirs is not None and (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype)
+            if theirs is not None and alike and mine.fingerprint != theirs.fingerprint:
+                found += [] if torch.equal(mine.load(), theirs.load()) else [name]
+            advance(1)
+    return found
 
 
 def _is_lowered(word: str) -> bool:
@@ -145,6 +182,8 @@ def _show(screen: Screen, found: dict[str, Any]) -> None:
         for line in found["diff"].splitlines():
             color = {"+": "green", "-": "red", "@": "cyan"}.get(line[:1])
             screen.say(line, style=color)
+        for name in found["values"]:
+            screen.say(f"other numbers: @{name}")
         return None
     _show_changes(screen, "manifest", found["manifest"])
     _show_changes(screen, "files", {k: list(map(_size, v)) for k, v in found["files"].items()})
