@@ -174,7 +174,7 @@ def check_fidelity(program: Program, session: Session, context: PassContext) -> 
     """Measure an artifact as it ships against the captured program."""
     reference = program.origin.checks
     if not isinstance(reference, Reference):
-        captured = program.origin.reference() if program.origin.passes else program
+        captured = context.reference(program) if program.origin.passes else program
         reference = Reference(captured, context)
     try:
         return reference.measure_with(lambda batch: _forward(program, session, batch))

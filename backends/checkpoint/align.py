@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...ir import Norm, Program, block_of, path_of
+from ...ir import Norm, Program, block_of, kept_calls, path_of
 from ...ir.calls import argument, is_weight
 from ...passes.blame import place_of
 from ...passes.canonical.match import aten, is_call
@@ -71,7 +71,8 @@ class _Walk:
     """Pairs the calls of one graph.
 
     Conversions between floating-point dtypes are stepped over: a program whose dtype was converted
-    makes them at other places than one that was built in that dtype.
+    makes them at other places than one that was built in that dtype.  But a norm or a softmax
+    that computes in a wider dtype than the architecture's was kept there on purpose.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class _Walk:
         self.signatures = program.signatures[graph], architecture.signatures[graph]
         self.order = {node: place for place, node in enumerate(self.graphs[0].nodes)}
         self.sizes = _Sizes(program, graph), _Sizes(architecture, graph)
+        self.kept = {*kept_calls(program, "norms"), *kept_calls(program, "softmax")}
         self.waiting: deque[tuple[fx.Node, fx.Node]] = deque()
         self.seen: set[tuple[fx.Node, fx.Node]] = set()
 
@@ -105,6 +107,8 @@ class _Walk:
             return self._read(theirs, str(ours.target), ours)
         if ours.op == "placeholder":
             return None
+        if ours in self.kept and (text := _wider(ours, theirs)):
+            self._differ(ours, theirs, text)
         keys = block_of(theirs), block_of(ours)
         if keys[0] is not None and keys[1] is not None:
             self.found.blocks.setdefault(keys[0].partition("@")[0], keys[1].partition("@")[0])
@@ -167,6 +171,19 @@ def _value(node: fx.Node) -> fx.Node:
 def _is_floating(node: fx.Node) -> bool:
     value = node.meta["val"]
     return isinstance(value, torch.Tensor) and value.dtype.is_floating_point
+
+
+def _wider(ours: fx.Node, theirs: fx.Node) -> str:
+    """Say in which dtypes two calls compute, where the first one's is the wider; else nothing."""
+    dtypes = []
+    for node in (ours, theirs):
+        value = node.meta["val"]
+        value = value[0] if isinstance(value, tuple | list) else value
+        dtypes.append(value.dtype)
+    if dtypes[0].itemsize <= dtypes[1].itemsize:
+        return ""
+    mine, other = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return f"it computes in {mine}, and the architecture in {other}"
 
 
 def _arguments(node: fx.Node) -> list[tuple[str, Any]]:

@@ -33,7 +33,8 @@ class Checkpoint(Backend):
     between floating-point dtypes are the architecture's own, wherever the program makes them.
 
     Refuses, as an error with the first call or weight that is in the way: whatever the architecture
-    does not compute, such as a norm that was removed or replaced; a bias that no key adds; blocks
+    does not compute, such as a norm that was removed or replaced, or one that was kept in a wider
+    dtype (``convert-dtype{keep=...}``), as a softmax may be; a bias that no key adds; blocks
     that share weights, where the architecture has a copy in each; quantised weights; weights of
     several dtypes; a program without a transformers configuration.
     """

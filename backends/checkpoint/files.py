@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...ir import LoweringError, Weight
-from ...ir.checkpoint import tied_names
+from ...ir.mapping import tied_names
 from ...ir.storage import write_safetensors
 
 PART = 5_000_000_000  # bytes of weights in one file

@@ -16,7 +16,8 @@ from ...ir import (
     Weight,
     Weights,
 )
-from ...ir.checkpoint import fake_model, map_weights, read_config, stored_tensors, tied_names
+from ...ir.checkpoint import fake_model, read_config, stored_tensors
+from ...ir.mapping import map_weights, tied_names
 from ...passes import Canonicalize
 from .align import Alignment, align, first
 from .architecture import (
@@ -179,7 +180,7 @@ def _source(program: Program) -> dict[str, Weight]:
     if folder is None:
         return {}
     model: Any = fake_model(folder, read_config(folder))[0]
-    return map_weights(model, stored_tensors(folder), folder)
+    return map_weights(model, stored_tensors(folder), folder).weights
 
 
 def _before(name: str, blocks: dict[str, str]) -> str:
