@@ -49,7 +49,7 @@ def explain(error: BaseException) -> tuple[str, str, int]:
     # A library error can only be one if its module was loaded; loading it here would import torch.
     errors = sys.modules.get(f"{__package__.rpartition('.')[0]}.ir.errors")
     if errors is not None and isinstance(error, errors.ModelatheError):
-        return _with_notes(error), error.remedy or "see the options: modelathe --help", FAILED
+        return _with_notes(error), error.remedy or _more_about(error), FAILED
     if isinstance(error, OSError):
         return _os_cause(error), _OS_REMEDIES.get(error.errno or 0, "check the path"), FAILED
     if isinstance(error, MemoryError) or "not enough memory" in str(error).lower():
@@ -75,9 +75,22 @@ def _usage(error: BaseException) -> tuple[str, str, int] | None:
 
 
 def _with_notes(error: BaseException) -> str:
-    """Return the message and the pass it came from, which the pipeline adds as a note."""
-    notes = [note for note in getattr(error, "__notes__", []) if note.startswith("in pass ")]
-    return "\n".join([str(error), *(f"  {note}" for note in notes)])
+    """Return the message and the pass it came from."""
+    return "\n".join([str(error), *(f"  {note}" for note in _pass_notes(error))])
+
+
+def _pass_notes(error: BaseException) -> list[str]:
+    """Return what the pipeline added: ``in pass 2 of 3: prune-blocks{count=9}``."""
+    return [note for note in getattr(error, "__notes__", []) if note.startswith("in pass ")]
+
+
+def _more_about(error: BaseException) -> str:
+    """Return where the options are listed that an error without a remedy is about."""
+    for note in _pass_notes(error):
+        name = note.partition(": ")[2].partition("{")[0]
+        if name and ":" not in name:  # a class given by its import path is not listed
+            return f"see its options: modelathe passes {name}"
+    return "see the options: modelathe --help"
 
 
 def _os_cause(error: OSError) -> str:

@@ -71,8 +71,14 @@ def command(
         ),
     ] = None,
     calibration_samples: Annotated[
-        int, typer.Option(rich_help_panel=TEXT, min=1, metavar="N", help="How many samples of it.")
-    ] = 128,
+        int | None,
+        typer.Option(
+            rich_help_panel=TEXT,
+            min=1,
+            metavar="N",
+            help="How many samples of it; else 128, or as many as it has.",
+        ),
+    ] = None,
     calibration_length: Annotated[
         int, typer.Option(rich_help_panel=TEXT, min=2, metavar="N", help="Tokens of a sample.")
     ] = 512,
@@ -184,7 +190,8 @@ def command(
                 manifest = make(screen, program, passes, backend, out, force=force)
             except BaseException:
                 if kept_state(state):
-                    screen.progress.note("what was learned so far is kept: --resume goes on")
+                    words = "--force --resume" if out.exists() else "--resume"
+                    screen.progress.note(f"what was learned so far is kept: {words} goes on")
                 raise
     return screen.emit(manifest) if as_json else show(screen, manifest, out)
 

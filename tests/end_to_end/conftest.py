@@ -56,10 +56,12 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("work")
     capture = functools.cache(ir.capture)
 
-    def captured(model: Any, *inputs: Any, **options: Any) -> ir.Program:
+    def captured(model: Any, *inputs: Any, report: Any = None, **options: Any) -> ir.Program:
         # In force until the session ends, so tests of other folders must not notice it.
         shared = isinstance(model, str | Path) and Path(model).is_relative_to(folder)
-        return (capture if shared else capture.__wrapped__)(model, *inputs, **options)
+        if shared:
+            return capture(model, *inputs, **options)
+        return capture.__wrapped__(model, *inputs, report=report, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ir, "capture", captured)

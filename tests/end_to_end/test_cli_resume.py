@@ -58,7 +58,9 @@ def test_a_stopped_replacement_is_not_started_over_by_accident(
 ) -> None:
     assert cli(*command).status == 0
     stop(4)
-    assert cli(*command, "--force").status != 0
+    killed = cli(*command, "--force")
+    assert killed.status != 0
+    assert "kept: --force --resume goes on" in killed.err
     stop(None)
     refused = cli(*command, "--resume")
     assert "--force --resume" in refused.err

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import fx
 
 from modelathe.backends import Checkpoint
 from modelathe.backends.checkpoint import lower
@@ -89,6 +90,20 @@ def _tied_by_hand(made: Program) -> None:
     retarget(made, second, first)
 
 
+def _with_a_wide_gain() -> Program:
+    made = ConvertDtype(to="bfloat16")(canonical("bert")).program.editable()
+    norm = next(node for node in made.graph.nodes if Norm.match(node))
+    old = norm.args[2]
+    assert isinstance(old, fx.Node)
+    wide = TensorWeight(made.weight(old).load(torch.float32))
+    with made.graph.inserting_before(old):
+        gain = made.graph.get_attr(made.add_weight("gain.wide", wide))
+    gain.meta["val"] = old.meta["val"].to(torch.float32)
+    norm.replace_input_with(old, gain)
+    made.clean()
+    return made
+
+
 REFUSED: dict[str, tuple[Callable[[], Program], str]] = {
     "quantised": (
         lambda: QuantizeWeights(bits=8, group_size=16)(canonical("bert")).program,
@@ -127,8 +142,16 @@ REFUSED: dict[str, tuple[Callable[[], Program], str]] = {
         "inv_freq.scaled: the architecture makes model.rotary_emb.inv_freq itself",
     ),
     "several dtypes": (
-        lambda: ConvertDtype(to="bfloat16", keep=("norms",))(canonical("bert")).program,
+        _with_a_wide_gain,
         "LayerNorm.* is float32, and from_pretrained would make it bfloat16",
+    ),
+    "norms kept wide": (
+        lambda: ConvertDtype(to="bfloat16", keep=("norms",))(canonical("bert")).program,
+        "LayerNorm.: it computes in float32, and the architecture in bfloat16",
+    ),
+    "softmax kept wide": (
+        lambda: ConvertDtype(to="bfloat16", keep=("softmax",))(canonical("gpt2")).program,
+        "attn.: it computes in float32, and the architecture in bfloat16",
     ),
     "a bias without place": (
         lambda: FoldNorms(untie=True)(canonical("gpt2")).program,

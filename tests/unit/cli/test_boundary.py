@@ -62,6 +62,34 @@ def test_the_pass_that_failed_is_named() -> None:
     assert "in pass 1 of 1" in explain(with_note(ValueError("x"), "in pass 1 of 1: f"))[0]
 
 
+@pytest.mark.parametrize(
+    ("note", "remedy"),
+    [
+        ("in pass 2 of 3: prune-blocks{count=9}", "see its options: modelathe passes prune-blocks"),
+        ("in pass 1 of 1: mine.passes:Own{a=1}", "see the options: modelathe --help"),
+    ],
+)
+def test_the_options_of_the_pass_that_failed_are_pointed_to(note: str, remedy: str) -> None:
+    assert explain(with_note(PassError("too many"), note))[1] == remedy
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        (("-p", "quantize-weights{bits=5}"), "see its options: modelathe passes quantize-weights"),
+        (("-p", "tie-blocks"), "see its options: modelathe passes tie-blocks"),
+        (("-p", "prune-blocks{count=x}"), "see its options: modelathe passes prune-blocks"),
+        (("--to", "onnx{dtype=int8}"), "see its options: modelathe backends onnx"),
+    ],
+)
+def test_a_bad_option_is_sent_to_its_list(
+    cli: Cli, tmp_path: Path, words: Any, remedy: str
+) -> None:
+    done = cli("run", "demo", *words, "-o", tmp_path / "out")
+    assert done.status == 1
+    assert done.err.endswith(f"remedy: {remedy}\n")
+
+
 def test_a_traceback_is_printed_only_when_asked_for() -> None:
     for debug in (False, True):
         stream = io.StringIO()
