@@ -15,6 +15,7 @@ from ..passes.context import maximum_length
 from ..passes.fidelity import Measured, Reference, relative_error
 from ..passes.probes import Inputs, empty_cache, feeds, next_cache, probe
 from ..passes.progress import Progress
+from .coded_cache import Oracle
 from .session import Array, Session
 
 # Largest difference of an output relative to its largest value.  Runtimes sum in other orders than
@@ -52,11 +53,11 @@ def check_lowering(
     """
     limit = TOLERANCE[dtype]
     worst = 0.0
-    shapes = list(_shapes(program))
+    shapes, oracle = list(_shapes(program)), Oracle(program)
     with progress.task("checking the artifact", total=len(shapes) + 1) as advance:
         for graph, title, inputs, keep in shapes:
-            expected = program.run(inputs, graph, dtype=torch.float32)
-            found = session.run(_arrays(session, graph, inputs), graph)
+            made = session.run(_arrays(session, graph, inputs), graph)
+            expected, found = oracle.run(inputs, graph, made)
             for name, value in expected.items():
                 error = _error(value, found, name, keep)
                 if not error <= limit:
@@ -67,7 +68,7 @@ def check_lowering(
                     )
                 worst = max(worst, error)
             advance(1)
-        steps = _check_decoding(program, session, limit)
+        steps = _check_decoding(program, oracle, session, limit)
         advance(1)
     titles = [f"{graph}: {title}" for graph, title, _, _ in shapes]
     return {"error": worst, "tolerance": limit, "shapes": titles, "decoded_tokens": steps}
@@ -119,10 +120,10 @@ def _array(value: Tensor, dtype: str) -> Array:
     return array
 
 
-def _error(expected: Tensor, found: Mapping[str, Array], name: str, keep: Tensor | None) -> float:
+def _error(expected: Tensor, found: Mapping[str, Tensor], name: str, keep: Tensor | None) -> float:
     if name not in found:
         return float("inf")
-    value = torch.from_numpy(np.ascontiguousarray(found[name]))
+    value = found[name]
     if keep is not None and value.shape == expected.shape:
         if expected.dim() == 3:
             expected, value = expected[keep], value[keep]
@@ -133,7 +134,7 @@ def _error(expected: Tensor, found: Mapping[str, Array], name: str, keep: Tensor
     return relative_error(expected.float(), value.float())
 
 
-def _check_decoding(program: Program, session: Session, limit: float) -> int:
+def _check_decoding(program: Program, oracle: Oracle, session: Session, limit: float) -> int:
     """Decode greedily beside the reference, which chooses the tokens; return how many."""
     if program.kind != "decoder":
         return 0
@@ -145,13 +146,15 @@ def _check_decoding(program: Program, session: Session, limit: float) -> int:
     for step in range(steps):
         length = seen.shape[1] - tokens.shape[1] if past else 0
         mask = np.ones((1, seen.shape[1]), dtype=np.int64)
-        expected = program.run(feeds(program, tokens, past, length), dtype=torch.float32)
         given = tokens if past or cache is None else tokens[:, -1:]
         logits, cache = session.decode(given.numpy(), mask, cache)
+        inputs = feeds(program, tokens, past, length)
+        state = session.state_arrays(cache)
+        expected, _ = oracle.run(inputs, "main", state)
         reference = expected["logits"][0, -1]
         found = torch.from_numpy(logits[0, -1].copy())
         _check_choice(reference, found, limit, step)
-        past = next_cache(expected)
+        past = next_cache(oracle.present(expected, state))
         following = reference.argmax().view(1, 1)
         seen = torch.cat([seen, following], dim=1)
         tokens = following if past else seen

@@ -228,6 +228,15 @@ class Session(ABC):
         following = {before.name: results[after.name] for before, after in plan.state}
         return logits.astype(np.float32, copy=False), replace(cache, state=following)
 
+    def state_arrays(self, cache: Cache) -> dict[str, Array]:
+        """Return what a decoder remembers, by the names of the outputs that held it."""
+        state = cache.state or {}
+        return {
+            after.name: self._to_numpy(state[before.name])
+            for before, after in self.plan.state
+            if before.name in state
+        }
+
     def _decode_again(
         self, plan: DecoderPlan, tokens: Tokens, mask: Tokens, cache: Cache
     ) -> tuple[NDArray[np.float32], Cache]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from ..ir import PassError
 from .base import Fidelity, Pass, PassResult, Remark
+from .cache import QuantizeCache, SmoothKeys
 from .canonicalize import Canonicalize
 from .context import PassContext
 from .data import TokenWindows
@@ -40,6 +41,8 @@ ALL_PASSES: tuple[type[Pass], ...] = (
     PruneBlocks,
     TieBlocks,
     QuantizeWeights,
+    SmoothKeys,
+    QuantizeCache,
     ConvertDtype,
     Heal,
 )
@@ -75,11 +78,13 @@ __all__ = [
     "PipelineResult",
     "Progress",
     "PruneBlocks",
+    "QuantizeCache",
     "QuantizeWeights",
     "Remark",
     "RemoveNorms",
     "ReplaceNorms",
     "SilentProgress",
+    "SmoothKeys",
     "Step",
     "TieBlocks",
     "TokenWindows",

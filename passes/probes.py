@@ -47,11 +47,15 @@ def probe(program: Program, graph: str, seed: int = 0, **sizes: int) -> Inputs:
         shape = sizes_of(program.signatures[graph].dims[name], sizes)
         if dtype.is_floating_point:
             made[name] = torch.randn(shape, generator=generator).to(dtype)
+            if name.endswith(("key_scale", "value_scale")):
+                made[name] = made[name].abs() / 64  # what codes stand for is then about 1
         elif dtype == torch.bool or "mask" in name:
             made[name] = torch.ones(shape, dtype=dtype)
         elif name == "position_ids":
             past = sizes.get("past", 0)
             made[name] = torch.arange(past, past + shape[-1]).expand(shape).contiguous()
+        elif dtype == torch.uint8:  # codes and zero points of a cache
+            made[name] = torch.randint(256, shape, generator=generator, dtype=dtype)
         else:
             largest = _largest_index(program, node)
             made[name] = torch.randint(largest, shape, generator=generator, dtype=dtype)

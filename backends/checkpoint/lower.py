@@ -16,6 +16,7 @@ from ...ir import (
     Weight,
     Weights,
 )
+from ...ir.cache import CachedCodes
 from ...ir.checkpoint import fake_model, read_config, stored_tensors
 from ...ir.mapping import map_weights, tied_names
 from ...passes import Canonicalize
@@ -119,6 +120,11 @@ def _refuse_quantized(program: Program) -> None:
                 raise LoweringError(
                     f"%{node.name} reads quantised weights, and a checkpoint holds plain ones",
                     remedy="leave out quantize-weights, or write --to onnx or --to program",
+                )
+            if CachedCodes.match(node):
+                raise LoweringError(
+                    f"%{node.name} reads a cache of codes, and transformers keeps plain ones",
+                    remedy="leave out quantize-cache, or write --to onnx or --to program",
                 )
 
 

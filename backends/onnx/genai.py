@@ -19,6 +19,8 @@ def genai_obstacle(signature: Signature, config: Mapping[str, Any]) -> str:
         return "the decoder has no cache of keys and values"
     if "logits" not in signature.outputs or "input_ids" not in signature.inputs:
         return "it needs an input called input_ids and an output called logits"
+    if any(name.endswith("_scale") for name in signature.inputs):
+        return "the cache is stored as codes with scales, and it knows one tensor for each entry"
     if len(set(entries)) > 1:
         return "keys and values differ in heads or width, and it knows one size for all"
     if _number(config, "vocab_size") is None:

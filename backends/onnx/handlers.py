@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from . import attention, elementwise, norms, products, quantized, shaping
+from . import attention, cached, elementwise, norms, products, quantized, shaping
 
 HANDLERS: dict[Any, Callable[..., Any]] = {
     **elementwise.HANDLERS,
@@ -18,5 +18,6 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
     **norms.HANDLERS,
     **products.HANDLERS,
     **attention.HANDLERS,
+    **cached.HANDLERS,
     **quantized.HANDLERS,
 }

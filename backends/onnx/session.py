@@ -19,7 +19,15 @@ from ..session import Array, Session, TensorSpec, read_config
 if TYPE_CHECKING:
     import onnx
 
-_ELEMENT_TYPES = {"float32": 1, "int64": 7, "bool": 9, "float16": 10, "int32": 6, "bfloat16": 16}
+_ELEMENT_TYPES = {
+    "float32": 1,
+    "uint8": 2,
+    "int32": 6,
+    "int64": 7,
+    "bool": 9,
+    "float16": 10,
+    "bfloat16": 16,
+}
 _BFLOAT16 = "tensor(bfloat16)"
 
 

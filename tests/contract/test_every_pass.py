@@ -78,11 +78,12 @@ every_pass = pytest.mark.parametrize("name", PASSES)
 
 
 def inputs_of(before: Program, after: Program) -> list[tuple[str, Inputs]]:
-    """Return inputs that fit both programs, with and without a cache and padding."""
+    """Return inputs with and without a cache and padding; for both, unless signatures differ."""
     found = []
+    source = before if before.signatures == after.signatures else after
     for graph, signature in after.signatures.items():
         for sizes in ({"sequence": 9, "past": 0}, {"sequence": 5, "past": 3, "pads": 2}):
-            inputs = feed(before, graph, **sizes)
+            inputs = feed(source, graph, **sizes)
             dtypes = {
                 str(node.target): node.meta["val"].dtype
                 for node in after.graphs[graph].find_nodes(op="placeholder")
@@ -108,6 +109,11 @@ def test_outputs_are_as_close_as_declared(name: str, model: str) -> None:
             assert_same_bits(found, expected)
             continue
         wide = [each.run(inputs, graph, dtype=torch.float64) for each in (after, before)]
+        found, expected, *wide = (
+            dict(PASSES[name].kept(inputs, one)) for one in (found, expected, *wide)
+        )
+        if not expected:
+            continue
         assert worst_error(*wide) <= EXACT
         dtype = next(iter(expected.values())).dtype
         assert worst_error(found, expected) <= rounding(dtype, steps=256)

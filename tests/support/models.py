@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from modelathe.ir import Program, capture
 from modelathe.passes import Canonicalize, PassContext, TokenWindows
 from support.batch_norms import ConvNorms, RepTokens, pixels
+from support.caches import CachedAttention, as_decoder, dynamic, example
 from support.streams import BareNorms, FusedAttention
 
 VOCABULARY = 48
@@ -34,12 +35,14 @@ class Case:
         inputs: example inputs; None for a transformers model, which needs none.
         dynamic: as ``torch.export.export`` takes it.
         output: the name of the only output of a plain module.
+        finish: what is done with a captured plain module.
     """
 
     build: Callable[[], nn.Module]
     inputs: tuple[Tensor, ...] | None = None
     dynamic: Any = None
     output: str = "output"
+    finish: Callable[[Program], Program] | None = None
 
     def module(self) -> nn.Module:
         """Return a fresh module; the same weights every time."""
@@ -287,6 +290,7 @@ MODELS: dict[str, Case] = {
     "fused-attention": Case(FusedAttention, (torch.ones(2, 3, 8),)),
     "conv-norms": Case(ConvNorms, pixels(), _ROWS),
     "rep-tokens": Case(RepTokens, pixels(), _ROWS),
+    "cached-attention": Case(CachedAttention, example(), dynamic(), finish=as_decoder),
     **TRANSFORMERS,
 }
 
@@ -302,6 +306,8 @@ def program(name: str) -> Program:
     """Return a model as it is captured, under its name here."""
     case = MODELS[name]
     found = capture(module(name), case.inputs, case.dynamic)
+    if case.finish is not None:
+        return case.finish(found)
     names = {"output": case.output}
     renamed = {graph: signature.renamed(names) for graph, signature in found.signatures.items()}
     return replace(found, signatures=renamed)

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from modelathe.ir import Attention, PassError, Program
+from modelathe.ir.cache import dequantize_cache, quantize_cache
+from modelathe.passes import QuantizeCache
+from modelathe.passes.cache import search as search_module
+from modelathe.passes.cache.attention_errors import attention_errors
+from modelathe.passes.cache.pareto import pareto_front
+from modelathe.passes.cache.search import Found, Method, search
+from modelathe.passes.cache.simulation import Simulation
+from modelathe.passes.cache.widths import CANDIDATES, read_table
+from modelathe.passes.fidelity import Reference
+from modelathe.passes.outputs import graph_inputs, runner
+from support.models import canonical, context
+
+BITS = [keys + values for keys, values in CANDIDATES]
+
+
+def windows() -> Tensor:
+    return context().calibration_tokens(canonical("llama")).tokens
+
+
+def found(model: str = "llama", **options: Any) -> Found:
+    return search(canonical(model), context(), "main", **options)
+
+
+def rounded(x: Tensor, bits: int) -> Tensor:
+    return dequantize_cache(*quantize_cache(x, bits), x, bits)
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2", "gemma3"])
+def test_errors_are_those_of_attention_with_rounded_keys_and_values(model: str) -> None:
+    program = canonical(model)
+    values: dict[fx.Node, Any] = {}
+    inputs = graph_inputs(program, "main", windows(), runner(program))
+    program.run(inputs, observe=values.__setitem__, dtype=torch.float32)
+    errors = attention_errors(program, context(), "main", windows())
+    calls = [view for node in program.graph.nodes if (view := Attention.match(node))]
+    for row, call in enumerate(calls):
+        q, k, v = (values[part] for part in (call.query, call.key, call.value))
+        for column, (keys, numbers) in enumerate(CANDIDATES):
+            out = call.node.target(
+                q, rounded(k, keys), rounded(v, numbers), values[call.mask], **call.node.kwargs
+            )
+            expected = (out - values[call.node]).norm() / values[call.node].norm()
+            assert float(errors.errors[row, column]) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_candidates_are_the_front_of_bits_and_error() -> None:
+    errors = attention_errors(canonical("llama"), context(), "main", windows())
+    for own, row in zip(errors.candidates(), errors.errors.tolist(), strict=True):
+        assert own == pareto_front([float(bits) for bits in BITS], row)
+        assert {CANDIDATES[own[0]], CANDIDATES[own[-1]]} == {(2, 2), (8, 8)}
+
+
+def test_a_simulated_cache_costs_what_a_quantised_one_does() -> None:
+    program, text = canonical("llama"), context().calibration_tokens(canonical("llama"))
+    table = read_table(("0:4/2", "1:2/8"))
+    simulation = Simulation(program, context(), "main", text.tokens)
+    made = QuantizeCache(blocks=("0:4/2", "1:2/8"))(program, context()).program
+    expected = Reference(program, context(check_text=text)).measure(made).kl
+    assert simulation.kl(table) == pytest.approx(expected, rel=1e-9)
+    assert simulation.kl({}) == 0
+    assert simulation.kl(table) == pytest.approx(expected, rel=1e-9)
+
+
+def test_few_tables_are_all_measured() -> None:
+    result = found()
+    assert result.space <= search_module.FEW
+    assert result.measured >= result.space
+    assert result.groups == ((0,), (1,))
+    for point in result.front:
+        better = [o for o in (*result.front, *result.uniform) if o.bits <= point.bits]
+        assert all(o.kl >= point.kl for o in better)
+
+
+@pytest.mark.parametrize("method", ["sums", "nsga2"])
+def test_a_search_is_deterministic_and_no_uniform_pair_beats_its_front(
+    method: Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search_module, "FEW", 0)
+    result, again = (found(method=method, trials=12) for _ in range(2))
+    assert result.known() == again.known()
+    for point in result.front:
+        assert not any(u.bits <= point.bits and u.kl < point.kl for u in result.uniform)
+    assert result.measured < result.space + len(CANDIDATES)
+
+
+def test_sums_find_nearly_what_measuring_all_tables_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    best = found("gpt2").within(4.0).kl
+    monkeypatch.setattr(search_module, "FEW", 0)
+    assert found("gpt2").within(4.0).kl <= 1.5 * best
+
+
+def test_groups_share_their_widths() -> None:
+    result = found(groups=1)
+    assert len(result.groups) <= 2  # one for each set of candidates
+    for group in result.groups:
+        for point in result.front:
+            assert len({point.table[block] for block in group}) == 1 or point in result.uniform
+
+
+def test_the_pass_takes_the_best_table_within_the_target() -> None:
+    pass_ = QuantizeCache(target_bits=4.5)
+    made = pass_(canonical("llama"), context())
+    front = made.details["search"]["front"]
+    chosen = [point for point in front if point["bits"] <= 4.5][-1]
+    assert made.details["blocks"] == chosen["blocks"]
+    assert any(chosen["blocks"] in remark.message for remark in made.remarks)
+    again = QuantizeCache(blocks=tuple(chosen["blocks"].split(",")))
+    assert again(canonical("llama"), context()).program.signature == made.program.signature
+    json.dumps(made.details)
+
+
+def test_without_optuna_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    monkeypatch.setattr(search_module, "FEW", 0)
+    with pytest.raises(PassError, match="optuna") as error:
+        found(method="nsga2")
+    assert "modelathe[search]" in (error.value.remedy or "")
+    assert found(method="sums").front  # needs none
+
+
+def test_attention_without_a_linear_behind_it_cannot_be_searched() -> None:
+    program: Program = canonical("llama").editable()
+    nodes = [node for node in program.graph.nodes if Attention.match(node)]
+    program.graph.output_node().args = ((nodes[0], *program.graph.output_node().args[0][1:]),)
+    program.clean()
+    with pytest.raises(PassError, match="output is not clear") as error:
+        attention_errors(program, context(), "main", windows())
+    assert "blocks=" in (error.value.remedy or "")
