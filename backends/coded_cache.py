@@ -41,7 +41,7 @@ class Oracle:
             graph: which one.
             found: the artifact's outputs; without a cache of codes they are returned as they are.
         """
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in found.items()}
+        tensors = _tensors(found)
         if self._reading is None:
             return self.program.run(inputs, graph, dtype=torch.float32), tensors
         names = self._reading.signatures[graph].inputs
@@ -57,7 +57,11 @@ class Oracle:
         """Return the cache that the next step reads: the program's own, or the artifact's codes."""
         if self._reading is None:
             return expected
-        return {n: torch.from_numpy(np.ascontiguousarray(a)) for n, a in found.items()}
+        return _tensors(found)
+
+
+def _tensors(arrays: Mapping[str, Array]) -> Outputs:
+    return {n: torch.from_numpy(np.ascontiguousarray(array)) for n, array in arrays.items()}
 
 
 def _reading_given_codes(program: Program, widths: dict[str, int]) -> Program | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..ir import MAIN, DataError, FidelityError, Program, TensorWeight
 from .context import PassContext
 from .metrics import CosineTally, TokenTally, mean_pool
-from .outputs import BATCH_TOKENS, predictions, runner, token_batch
+from .outputs import batches, predictions, runner, token_batch
 from .probes import Inputs, probe, probes
 
 EXACT = 1e-9  # largest relative error in float64 of a rewrite that is equal in exact arithmetic
@@ -301,8 +301,7 @@ def _batches(program: Program, context: PassContext) -> Iterator[Inputs]:
         for seed in range(4):
             yield probe(program, MAIN, seed, batch=2, sequence=16, past=0)
         return
-    step = max(1, BATCH_TOKENS // windows.tokens.shape[1])
-    for number, rows in enumerate(torch.split(windows.tokens, step)):
+    for number, rows in enumerate(batches(windows.tokens)):
         yield token_batch(program, rows, number)
 
 

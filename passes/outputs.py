@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ..ir import MAIN, Program
+from .context import PassContext
 from .probes import Inputs, empty_cache, feeds, seq2seq_batch, seq2seq_feeds
 
 BATCH_TOKENS = 2048  # read at once where values are measured on text
 
 Runner = Callable[[Inputs, str], Mapping[str, Tensor]]
 """Computes a graph: its inputs and its name to its outputs."""
+
+
+def batches(windows: Tensor) -> tuple[Tensor, ...]:
+    """Return windows of tokens, int64 [windows, length], in parts that are read at once."""
+    return torch.split(windows, max(1, BATCH_TOKENS // windows.shape[1]))
 
 
 def runner(program: Program, device: str = "cpu") -> Runner:
@@ -71,3 +78,29 @@ def graph_inputs(program: Program, graph: str, tokens: Tensor, run: Runner) -> I
     if graph == "encoder":
         return {name: batch[name] for name in program.signatures[graph].inputs}
     return seq2seq_feeds(program, batch, run)
+
+
+def observe_graph(
+    program: Program,
+    graph: str,
+    windows: Tensor,
+    observe: Callable[[fx.Node, Any], None],
+    context: PassContext,
+    title: str,
+) -> None:
+    """Run one graph in float32 on windows of tokens, int64 [windows, length].
+
+    Args:
+        program: reads tokens.
+        graph: which graph.
+        windows: read a few at a time.
+        observe: is given every node and its value.
+        context: device and progress.
+        title: of the work, for the user.
+    """
+    run = runner(program, context.device)
+    with context.progress.task(title, total=len(windows)) as advance:
+        for batch in batches(windows):
+            inputs = graph_inputs(program, graph, batch, run)
+            program.run(inputs, graph, observe, torch.float32, device=context.device)
+            advance(len(batch))

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from ...ir import Block, PassError, Program, Signature, find_blocks, fingerprint
 from ..context import PassContext
-from ..outputs import BATCH_TOKENS, graph_inputs, runner
+from ..outputs import observe_graph
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,18 +63,7 @@ def block_influence(
     windows = context.calibration_tokens(program).tokens
     part, blocks = _until_last_block(program, name)
     meter = _Meter(blocks)
-    rows = max(1, BATCH_TOKENS // windows.shape[1])
-    with context.progress.task("scoring blocks", total=len(windows)) as advance:
-        for batch in torch.split(windows, rows):
-            inputs = graph_inputs(program, name, batch, runner(program, context.device))
-            part.run(
-                inputs,
-                name,
-                observe=meter.observe,
-                dtype=torch.float32,
-                device=context.device,
-            )
-            advance(len(batch))
+    observe_graph(part, name, windows, meter.observe, context, "scoring blocks")
     return BlockInfluence(meter.scores(), name, windows.numel(), fingerprint(program))
 
 

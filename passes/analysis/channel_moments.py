@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from ...ir import Norm, Program
-from ..outputs import BATCH_TOKENS, predictions, token_batch
+from ..outputs import batches, predictions, token_batch
 from ..probes import Inputs
 
 
@@ -76,7 +76,7 @@ def norm_moments(
     assert view is not None
     (result,) = (node for node in reference.graphs[graph].nodes if node.name == norm.name)
     found: ChannelMoments | None = None
-    for batch in torch.split(tokens, max(1, BATCH_TOKENS // tokens.shape[1])):
+    for batch in batches(tokens):
         x = _value(program, graph, view.input, batch, device)
         y = _value(reference, graph, result, batch, device)
         moments = ChannelMoments.of(x, y)

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from ...ir import Norm, Program, call_key, fingerprint
 from ..context import PassContext
-from ..outputs import BATCH_TOKENS, predictions, token_batch
+from ..outputs import batches, predictions, token_batch
 from ..probes import Inputs
 
 
@@ -74,9 +74,8 @@ def norm_deviations(program: Program, context: PassContext) -> NormDeviations:
             inputs, graph, observe=meter.observe, dtype=torch.float32, device=context.device
         )
 
-    rows = max(1, BATCH_TOKENS // windows.shape[1])
     with context.progress.task("measuring norms", total=len(windows)) as advance:
-        for batch in torch.split(windows, rows):
+        for batch in batches(windows):
             meter.tokens = batch.to(context.device)
             predictions(program, token_batch(program, batch), run)
             advance(len(batch))

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from ...ir import Linear, PassError, Program, QuantizedLinear, fingerprint
 from ...ir.cache import dequantize_cache, quantize_cache
 from ..context import PassContext
-from ..outputs import BATCH_TOKENS, graph_inputs, runner
+from ..outputs import observe_graph
 from .entries import Entries, Entry
 from .pareto import pareto_front
 from .widths import CANDIDATES
@@ -60,12 +60,7 @@ def attention_errors(
     Source: KVTuner (arXiv 2502.04420), section 4: errors without accumulation.
     """
     meter = _Meter(program, graph)
-    rows = max(1, BATCH_TOKENS // windows.shape[1])
-    with context.progress.task("rounding keys and values", total=len(windows)) as advance:
-        for batch in torch.split(windows, rows):
-            inputs = graph_inputs(program, graph, batch, runner(program, context.device))
-            program.run(inputs, graph, meter.observe, torch.float32, device=context.device)
-            advance(len(batch))
+    observe_graph(program, graph, windows, meter.observe, context, "rounding keys and values")
     return AttentionErrors(meter.blocks, meter.errors(), windows.numel(), fingerprint(program))
 
 

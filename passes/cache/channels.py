@@ -84,8 +84,8 @@ class Channels:
             self._multiply(node)
         elif is_call(node, _SAME):
             self.ids[node] = self.ids[node.all_input_nodes[0]]
-        elif is_call(node, _TIMES) and self._factor(node) is not None:
-            self.ids[node] = self._factor(node).expand(_shape(node))
+        elif is_call(node, _TIMES) and (factor := self._factor(node)) is not None:
+            self.ids[node] = factor.expand(_shape(node))
         elif is_call(node, _PLUS) and all(n in self.ids for n in node.args[:2]):
             self._add(node)
         elif node in joins or is_move(node) or is_call(node, _MOVES):

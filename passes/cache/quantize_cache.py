@@ -119,7 +119,7 @@ class QuantizeCache(Pass):
                 f"quantize-cache: {program.origin.model} keeps no keys and values",
                 remedy="leave the pass out: only decoders with a cache have some",
             )
-        known = _numbers(program, graph)
+        known = _numbers(Entries.of(program, graph))
         missing = [block for block in read_table(self.blocks) if block not in known]
         if missing:
             raise PassError(
@@ -142,7 +142,7 @@ class QuantizeCache(Pass):
                 method=self.search,
                 trials=self.trials,
             )
-        table, remarks = self._table(program, graph, found)
+        table, remarks = self._table(entries, graph, found)
         before = cache_bytes(program)
         for entry in entries.found:
             bits = table[entry.number][PARTS.index(entry.part)]
@@ -167,11 +167,11 @@ class QuantizeCache(Pass):
         return PassResult(program, tuple(remarks), details)
 
     def _table(
-        self, program: Program, graph: str, found: Found | None
+        self, entries: Entries, graph: str, found: Found | None
     ) -> tuple[dict[int, Pair], list[Remark]]:
         """Return the widths by block, and what to say about them."""
         uniform: dict[int, Pair] = dict.fromkeys(
-            _numbers(program, graph), (self.key_bits, self.value_bits)
+            _numbers(entries), (self.key_bits, self.value_bits)
         )
         if found is None:
             return uniform | read_table(self.blocks), []
@@ -204,9 +204,8 @@ class QuantizeCache(Pass):
         after.run(inputs, graph, compare, torch.float64)
 
 
-def _numbers(program: Program, graph: str) -> list[int]:
+def _numbers(entries: Entries) -> list[int]:
     """Return the numbers of a cache's entries, also of those that cannot be rounded."""
-    entries = Entries.of(program, graph)
     names = [int(name.split(".")[1]) for name in entries.refused]
     return sorted({*names, *(entry.number for entry in entries.found)})
 

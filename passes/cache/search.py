@@ -130,7 +130,7 @@ def search(
     errors = attention_errors(program, context, graph, windows)
     candidates = errors.candidates()
     sets = grouped(errors.errors, candidates, groups)
-    plan = _Plan(program, graph, errors, sets)
+    plan = _Plan(program, graph, errors.blocks, candidates, sets)
     space = math.prod(map(len, plan.options))
     breeds = method == "nsga2" and space > FEW
     optuna = _optuna() if breeds else None
@@ -163,11 +163,11 @@ class _Plan:
         self,
         program: Program,
         graph: str,
-        errors: AttentionErrors,
+        blocks: tuple[int, ...],
+        candidates: tuple[tuple[int, ...], ...],
         sets: tuple[tuple[int, ...], ...],
     ) -> None:
-        candidates = errors.candidates()
-        self.blocks, self.sets = errors.blocks, sets
+        self.blocks, self.sets = blocks, sets
         self.options = [candidates[rows[0]] for rows in sets]
         pairs = Entries.of(program, graph).pairs()
         self.numbers = {n: tuple(e.numbers for e in pair) for n, pair in pairs.items()}

@@ -57,12 +57,11 @@ class _Rounding:
     """Calls that round one entry, and may be left out."""
 
     def __init__(self, entry: Entry) -> None:
-        self.entry, graph = entry, entry.join.graph
+        self.entry = entry
         ops, read = torch.ops.modelathe, entry.join
         self.code = _inserted(read, ops.quantize_cache.default, entry.newest, 8)
         parts = [_inserted(read, operator.getitem, self.code, index) for index in range(3)]
         self.value = _inserted(read, ops.dequantize_cache.default, *parts, entry.newest, 8)
-        assert graph is self.value.graph
 
     def set(self, bits: int | None) -> None:
         """Round to ``bits``, or not at all."""

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from ...ir import Attention, Linear, Program, QuantizedLinear, is_weight
 from ..context import PassContext
 from ..norms.places import is_move
-from ..outputs import BATCH_TOKENS, graph_inputs, runner
+from ..outputs import observe_graph
 from .channels import Channels, Scales, distinct, number_heads, number_last
 from .entries import Entries, Entry
 
@@ -50,8 +50,7 @@ class Rows:
         channels = Channels.follow(nodes, sources, entries)
         channels.fixed += [
             (distinct(sources[one.node]), reader)
-            for one in linears
-            if (reader := _other_reader(program, one, linears)) is not None
+            for one, reader in _other_readers(program, linears)
         ]
         keys = tuple(entry for entry in entries.found if entry.part == "key")
         made = [channels.ids[e.newest].flatten() for e in keys if e.newest in channels.ids]
@@ -92,12 +91,7 @@ class Rows:
         """
         meter = _Meter(self)
         windows = context.calibration_tokens(program).tokens
-        rows = max(1, BATCH_TOKENS // windows.shape[1])
-        with context.progress.task("measuring keys", total=len(windows)) as advance:
-            for batch in torch.split(windows, rows):
-                inputs = graph_inputs(program, graph, batch, runner(program, context.device))
-                program.run(inputs, graph, meter.observe, torch.float32, device=context.device)
-                advance(len(batch))
+        observe_graph(program, graph, windows, meter.observe, context, "measuring keys")
         return meter.sizes, meter.largest
 
 
@@ -197,11 +191,20 @@ def _is_plain(linear: Linear) -> bool:
     return is_weight(linear.weight) and (linear.bias is None or is_weight(linear.bias))
 
 
-def _other_reader(program: Program, linear: Linear, linears: tuple[Linear, ...]) -> fx.Node | None:
-    """Return a call that reads the weight or bias of a linear otherwise than linears like it do."""
-    alike = {one.node for one in linears if one.weight.target == linear.weight.target}
-    names = {str(part.target) for part in (linear.weight, linear.bias) if part is not None}
-    graphs = program.graphs.values()
-    nodes = [node for graph in graphs for node in graph.find_nodes(op="get_attr")]
-    readers = [user for node in nodes if str(node.target) in names for user in node.users]
-    return next((user for user in readers if user not in alike), None)
+def _other_readers(
+    program: Program, linears: tuple[Linear, ...]
+) -> Iterator[tuple[Linear, fx.Node]]:
+    """Yield linears whose weight or bias is read by a call that is no linear of that weight."""
+    readers: dict[str, list[fx.Node]] = {}
+    for graph in program.graphs.values():
+        for node in graph.find_nodes(op="get_attr"):
+            readers.setdefault(str(node.target), []).extend(node.users)
+    alike: dict[str, set[fx.Node]] = {}
+    for linear in linears:
+        alike.setdefault(str(linear.weight.target), set()).add(linear.node)
+    for linear in linears:
+        parts = [str(part.target) for part in (linear.weight, linear.bias) if part is not None]
+        users = (user for part in parts for user in readers[part])
+        other = next((user for user in users if user not in alike[parts[0]]), None)
+        if other is not None:
+            yield linear, other

@@ -13,7 +13,7 @@ from torch.nn.functional import batch_norm
 from ...ir import Norm, Program
 from ..analysis.channel_moments import ChannelMoments
 from ..context import PassContext
-from ..outputs import BATCH_TOKENS, predictions, token_batch
+from ..outputs import batches, predictions, token_batch
 from ..probes import Inputs
 from ..training.switches import Switch
 from .rep_batch_norm import EPS, RepParameters, check_fits
@@ -99,7 +99,7 @@ def rep_switches(
         return program.run(inputs, graph, meter.observe, torch.float32, device=context.device)
 
     with context.progress.task("measuring norms", total=len(tokens)) as advance:
-        for batch in torch.split(tokens, max(1, BATCH_TOKENS // tokens.shape[1])):
+        for batch in batches(tokens):
             predictions(program, token_batch(program, batch), run)
             advance(len(batch))
     made = {}

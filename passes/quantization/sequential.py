@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from ...ir import Linear, PassError, Program, Weight
 from ...ir.stages import Stages
 from ..context import PassContext
-from ..outputs import BATCH_TOKENS, graph_inputs, runner
+from ..outputs import batches, graph_inputs, runner
 from .readers import Shared
 
 
@@ -60,12 +60,12 @@ def in_sequence(
     current = replace(program, weights=program.weights.copy())
     run = runner(current, context.device)
     windows = context.calibration_tokens(program).tokens
-    batches = torch.split(windows, max(1, BATCH_TOKENS // windows.shape[1]))
+    parts = batches(windows)
     with context.progress.task("quantizing", total=sum(left.values())) as advance:
         for name, stops in readers.items():
             if not stops:
                 continue
-            inputs = [graph_inputs(program, name, batch, run) for batch in batches]
+            inputs = [graph_inputs(program, name, batch, run) for batch in parts]
             stages = Stages(current, inputs, name, device=context.device)
             for stop, read in stops.items():
                 moments = _measured(stages, stop)

@@ -3,9 +3,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +11,8 @@ import pytest
 
 from modelathe import ir
 from modelathe.cli import main
+from support.commands import Outcome
 from support.word_models import write_bert, write_llama, write_t5
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a command did: exit status, stdout, stderr."""
-
-    status: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        """The one JSON value on stdout; an error when there is anything else."""
-        return json.loads(self.out)
-
 
 Cli = Callable[..., Outcome]
 

@@ -1,30 +1,13 @@
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from modelathe.cli import main
 from support.artifacts import write_decoder
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a command did: exit status, stdout, stderr."""
-
-    status: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        """The one JSON value on stdout; an error when there is anything else."""
-        return json.loads(self.out)
-
+from support.commands import Outcome
 
 Cli = Callable[..., Outcome]
 

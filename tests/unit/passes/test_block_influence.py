@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from modelathe.ir import DataError, PassError, find_blocks, fingerprint
-from modelathe.passes import PassContext, PruneBlocks, TokenWindows
+from modelathe.passes import PassContext, PruneBlocks, TokenWindows, outputs
 from modelathe.passes.analysis import block_influence as measuring
 from modelathe.passes.analysis.block_influence import block_influence
 from modelathe.passes.progress import Advance
@@ -84,7 +84,7 @@ def renamed(model: Any) -> Any:
 
 def test_batches_change_no_score(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = block_influence(canonical("gpt2"), context())
-    monkeypatch.setattr(measuring, "BATCH_TOKENS", 1)
+    monkeypatch.setattr(outputs, "BATCH_TOKENS", 1)
     row_by_row = block_influence(canonical("gpt2"), context())
     assert row_by_row.scores == pytest.approx(whole.scores, abs=1e-6)
     assert row_by_row.tokens == whole.tokens

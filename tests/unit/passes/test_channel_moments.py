@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from modelathe.ir import MAIN, ComputedWeight, Embedding, Linear, Norm, Program, insert_call
-from modelathe.passes.analysis import channel_moments
+from modelathe.passes import outputs
 from modelathe.passes.analysis.channel_moments import ChannelMoments, norm_moments
 from support.models import canonical, context, module
 
@@ -53,7 +53,7 @@ def test_long_texts_are_measured_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch
     program = canonical("token-norm")
     tokens = torch.randint(48, (7, 5), generator=torch.Generator().manual_seed(4))
     whole = norm_moments(program, program, MAIN, first_norm(program), tokens, "cpu")
-    monkeypatch.setattr(channel_moments, "BATCH_TOKENS", 10)
+    monkeypatch.setattr(outputs, "BATCH_TOKENS", 10)
     parts = norm_moments(program, program, MAIN, first_norm(program), tokens, "cpu")
     assert parts.count == whole.count == 35
     torch.testing.assert_close(parts.covariance, whole.covariance)
