@@ -84,7 +84,7 @@ class Heal(Pass):
         weight_decay: of matrices.
         warmup: share of the steps over which the rate rises; it falls to a tenth, as a cosine.
         layer_decay: factor on the rate for each block further from the end.
-        auxiliary: weight of the term for removed norms.
+        auxiliary: weight of the term for removed norms; none: 0.1 after ``remove-norms``.
         patience: judgements without improvement after which training stops; 0: never.
 
     Source: distillation, arXiv 1503.02531; the term for removed norms, arXiv 2507.02559; low-rank
@@ -107,7 +107,7 @@ class Heal(Pass):
     weight_decay: float = 0.0
     warmup: float = 0.05
     layer_decay: float = 1.0
-    auxiliary: float = 0.1
+    auxiliary: float | None = None
     patience: int = 4
 
     def __post_init__(self) -> None:
@@ -132,6 +132,11 @@ class Heal(Pass):
                 f"heal: mix={self.mix:g}, and {program.origin.model} ({program.kind}) writes no "
                 "text to mix in",
                 remedy="leave mix out",
+            )
+        if self.auxiliary and not _removed_norms(program):
+            raise PassError(
+                f"heal: auxiliary={self.auxiliary:g} is for norms that were removed, and none was",
+                remedy="leave auxiliary out, or put remove-norms before",
             )
         if program.origin.recapture is None:
             raise PassError(
@@ -230,10 +235,9 @@ class Heal(Pass):
         return min(6e-4, 0.3 / _width(program)) * _RATES.get(self.weights, 1.0)
 
     def _penalty(self, program: Program, trainee: Program) -> Any:
-        removed = any("remove-norms" in text for text in program.origin.passes)
-        if not (removed and self.auxiliary):
-            return None
-        return deviation_penalty(program, trainee, self.auxiliary)
+        usual = _AUXILIARY if _removed_norms(program) else 0.0
+        factor = usual if self.auxiliary is None else self.auxiliary
+        return deviation_penalty(program, trainee, factor) if factor else None
 
     def _key(self, program: Program, context: PassContext, batches: Batches) -> str:
         """Return what tells this run from others: what is trained, on what, and how."""
@@ -245,6 +249,7 @@ class Heal(Pass):
 
 
 _MIX = 0.5
+_AUXILIARY = 0.1  # weight of its term, after remove-norms
 _RATES = {"lora": 10.0, "scales": 0.05}
 _MEANT = {
     "full": "parameter",
@@ -252,6 +257,10 @@ _MEANT = {
     "norms": "norm with a gain",
     "scales": "quantised weight",
 }
+
+
+def _removed_norms(program: Program) -> bool:
+    return any("remove-norms" in text for text in program.origin.passes)
 
 
 def _turning(

@@ -170,6 +170,12 @@ def test_only_decoders_write_text_to_mix_in() -> None:
     assert caught.value.remedy == "leave mix out"
 
 
+def test_the_term_for_removed_norms_needs_removed_norms() -> None:
+    with pytest.raises(PassError, match=r"auxiliary=0.3 is for norms that were removed") as caught:
+        heal(pruned("llama"), auxiliary=0.3)
+    assert "remove-norms" in (caught.value.remedy or "")
+
+
 def test_half_of_a_decoder_s_batches_is_its_own_text() -> None:
     usual = {name: value for name, value in SHORT.items() if name != "mix"} | {"steps": 1}
     found = Heal(**usual)(pruned("llama"), context())
