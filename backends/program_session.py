@@ -67,7 +67,7 @@ class ProgramSession(Session):
 
         if threads:
             torch.set_num_threads(threads)
-        return cls(capture(folder.resolve(), report=report), folder, manifest)
+        return cls(capture(folder, report=report), folder, manifest)
 
     def _execute(
         self, graph: str, feeds: Mapping[str, Any], sizes: Mapping[str, int]

@@ -104,7 +104,7 @@ def artifact_facts(folder: Path, screen: Screen, *, graph: bool = False) -> dict
     if graph and (is_program_folder(folder) or is_model_folder(folder)):
         from ..ir import to_text
 
-        about["graph"] = to_text(open_program(str(folder.resolve()), screen))
+        about["graph"] = to_text(open_program(folder, screen))
     elif graph:
         about["graph"] = "\n".join(line for path in files for line in graph_lines(path))
     return about

@@ -20,7 +20,7 @@ def is_artifact_word(word: str) -> bool:
 
 
 def open_program(
-    word: str, screen: Screen, *, revision: str | None = None, allow_pickle: bool = False
+    word: str | Path, screen: Screen, *, revision: str | None = None, allow_pickle: bool = False
 ) -> Program:
     """Capture a model, or load a Program folder.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -43,8 +42,9 @@ def capture(
     """Capture a model as a program, without changing a bit of what it computes.
 
     Args:
-        model: a module; or a text: ``demo``, a Hugging Face model folder or hub id, a ``.pt2``
-            file, a Program folder, or ``package.module:factory``, a callable that returns
+        model: a module; a path of a Hugging Face model folder, a ``.pt2`` file or a Program folder;
+            or a text: ``demo``, the embedded model, whatever lies here under that name; a path; a
+            hub id; or ``package.module:factory``, a callable that returns
             ``(module, example_inputs, dynamic_shapes)``.
         example_inputs: for a module that is not a transformers model.
         dynamic_shapes: which sizes are symbolic, as ``torch.export.export`` takes it.
@@ -57,23 +57,24 @@ def capture(
     """
     if isinstance(model, nn.Module):
         return _capture_module(model, example_inputs, dynamic_shapes, report)
-    text = os.fspath(model)
-    path = Path(text)
-    if text == DEMO:
+    if model == DEMO:
         path = Path(__file__).parents[1] / "demo" / "model"
         return replace_origin(_capture_folder(path, allow_pickle, report), model=DEMO)
+    text, path = str(model), Path(model)
     if path.suffix == ".pt2":
         return _capture_pt2(path, allow_pickle, report)
     if path.is_dir():
         if is_program_folder(path):
             return load_program(path, report)
         return _capture_folder(path, allow_pickle, report)
-    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", text):
-        return _capture_factory(text, report)
     if path.exists():
         raise CaptureError(
             f"{text}: is a file, not a model folder", remedy="pass the folder that it lies in"
         )
+    if isinstance(model, Path):
+        raise CaptureError(f"{text}: no such folder", remedy="check the path")
+    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", text):
+        return _capture_factory(text, report)
     folder = fetch(text, revision, allow_pickle)
     return replace_origin(_capture_folder(folder, allow_pickle, report), model=text)
 
@@ -121,7 +122,8 @@ def _capture_folder(folder: Path, allow_pickle: bool, report: Report | None) -> 
         stored = stored_tensors(folder, allow_pickle)
         model, mode = fake_model(folder, config)
         mapped = map_weights(model, stored, folder)
-    program = trace_wrapped(model, str(folder), mode, mapped.weights, config, watch)
+    name = f"./{DEMO}" if str(folder) == DEMO else str(folder)  # what means it again as a text
+    program = trace_wrapped(model, name, mode, mapped.weights, config, watch)
     origin = replace(
         program.origin,
         folder=folder.resolve(),

@@ -321,7 +321,7 @@ def _encode_origin(origin: Origin) -> dict[str, Any]:
 
 def _decode_origin(encoded: dict[str, Any]) -> Origin:
     folder = Path(encoded["folder"]) if encoded["folder"] else None
-    source = str(folder) if folder is not None else encoded["model"]
+    source = folder if folder is not None else encoded["model"]
     return Origin(
         encoded["model"],
         encoded["kind"],
@@ -334,7 +334,7 @@ def _decode_origin(encoded: dict[str, Any]) -> Origin:
     )
 
 
-def _recapture(source: str, report: Report | None) -> Program:
+def _recapture(source: str | Path, report: Report | None) -> Program:
     from .capture import capture
 
     return capture(source, report=report)

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
+from modelathe.backends import Eager
+from modelathe.backends.program_session import ProgramSession
+from modelathe.backends.session import open_artifact
 from modelathe.cli.inspect import norms_text
-from modelathe.ir import save_program
+from modelathe.ir import save_program, to_text
 from support.models import program
 
 
@@ -48,3 +51,14 @@ def test_inspect_shows_where_norms_stand(tmp_path: Path, cli: Callable[..., Any]
     found = cli("inspect", tmp_path, "--json").json["norms"]["main"]
     assert [each["placement"] for each in found["blocks"]] == ["pre", "pre"]
     assert len(found["outside"]) == 1
+
+
+def test_an_artifact_called_demo_is_not_the_embedded_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Any]
+) -> None:
+    Eager().lower(program("norm-mlp"), check=False).save(tmp_path / "demo")
+    monkeypatch.chdir(tmp_path)
+    graph = cli("inspect", "demo", "--graph", "--json").json["graph"]
+    opened = open_artifact("demo")
+    assert isinstance(opened, ProgramSession)
+    assert graph == to_text(opened.program) == to_text(program("norm-mlp"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from modelathe.demo import MODEL_FOLDER
 from modelathe.ir import CaptureError, capture, save_program, to_text, verify
 from support.feeds import feed
+from support.folders import tiny_bert, write_folder
 from support.models import MODELS, module, program
 from support.numeric import assert_same_bits
 
@@ -102,6 +105,39 @@ def test_a_factory_that_gives_no_model_says_what_it_should_give(
 def test_a_program_folder_is_a_model(tmp_path: Path) -> None:
     save_program(program("norm-mlp"), tmp_path)
     assert to_text(capture(tmp_path)) == to_text(program("norm-mlp"))
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [(Path("demo"), Path("demo")), ("./demo", Path("demo")), ("demo", MODEL_FOLDER)],
+)
+def test_only_the_plain_text_demo_is_the_embedded_model(
+    name: str | Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    read: list[Path] = []
+    module = importlib.import_module("modelathe.ir.capture")
+    monkeypatch.setattr(
+        module, "_capture_folder", lambda path, *_: read.append(path) or program("norm-mlp")
+    )
+    capture(name)
+    assert read == [folder]
+
+
+def test_the_origin_of_a_folder_called_demo_means_it_as_a_text_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folder(tiny_bert(), tmp_path / "demo")
+    monkeypatch.chdir(tmp_path)
+    assert capture(Path("demo")).origin.model == "./demo"
+
+
+def test_a_path_is_never_fetched_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("modelathe.ir.capture")
+    monkeypatch.setattr(module, "fetch", lambda *_: pytest.fail("fetched"))
+    with pytest.raises(CaptureError, match="no such folder"):
+        capture(Path("nobody/no-such-model"))
 
 
 @pytest.mark.parametrize(
