@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,15 +12,18 @@ from ...ir import Block, PassError, Program, Signature, find_blocks, fingerprint
 from ..context import PassContext
 from ..outputs import observe_graph
 
+Compare = Callable[[int, Tensor, Tensor], None]
+"""Takes the number of a block and the residual values that it reads and writes."""
+
 
 @dataclass(frozen=True, slots=True)
-class BlockInfluence:
-    """Scores of a graph's blocks; 0 for a block that leaves the direction of every token alone.
+class BlockScores:
+    """Scores of a graph's blocks.
 
     Attributes:
-        scores: one per block, 0 to 2; nan where a block has no clear residual input or output.
+        scores: one per block; nan where a block has no clear residual input or output.
         graph: the graph that the blocks are in.
-        tokens: how many tokens a score is the mean of.
+        tokens: how many tokens were read; 0: no text was needed.
         fingerprint: of the program that was measured.
     """
 
@@ -43,11 +47,12 @@ class BlockInfluence:
 
 def block_influence(
     program: Program, context: PassContext, graph: str | None = None
-) -> BlockInfluence:
+) -> BlockScores:
     """Measure ``BI(l) = 1 - mean over tokens of cos(h_in, h_out)`` on the calibration text.
 
     With h_in, h_out: [..., width] the residual values that block l reads and writes.  Values are
-    computed in float32, a few windows at a time; cosines and their sums in float64.
+    computed in float32, a few windows at a time; cosines and their sums in float64.  Scores are 0
+    to 2; 0 for a block that leaves the direction of every token alone.
 
     Args:
         program: whose blocks to score.
@@ -60,11 +65,32 @@ def block_influence(
     Source: ShortGPT (arXiv 2403.03853), section 2.3.
     """
     name = next(iter(program.graphs)) if graph is None else graph
+    count = len(find_blocks(program.graphs[name]))
+    sums, tokens = [0.0] * count, [0] * count
+
+    def compare(index: int, before: Tensor, after: Tensor) -> None:
+        cosines = token_cosines(before, after)
+        sums[index] += float(cosines.sum())
+        tokens[index] += cosines.numel()
+
+    read = compare_ends(program, context, name, compare)
+    scores = tuple(1.0 - s / n if n else float("nan") for s, n in zip(sums, tokens, strict=True))
+    return BlockScores(scores, name, read, fingerprint(program))
+
+
+def compare_ends(program: Program, context: PassContext, graph: str, compare: Compare) -> int:
+    """Hand the residual values at both ends of each block to ``compare``, a few windows at a time.
+
+    Blocks without one clear residual input and output are left out.  Values are float32.
+
+    Returns:
+        How many tokens of the calibration text were read.
+    """
     windows = context.calibration_tokens(program).tokens
-    part, blocks = _until_last_block(program, name)
-    meter = _Meter(blocks)
-    observe_graph(part, name, windows, meter.observe, context, "scoring blocks")
-    return BlockInfluence(meter.scores(), name, windows.numel(), fingerprint(program))
+    part, blocks = _until_last_block(program, graph)
+    meter = _Ends(blocks, compare)
+    observe_graph(part, graph, windows, meter.observe, context, "scoring blocks")
+    return windows.numel()
 
 
 def _until_last_block(program: Program, name: str) -> tuple[Program, tuple[Block, ...]]:
@@ -80,12 +106,11 @@ def _until_last_block(program: Program, name: str) -> tuple[Program, tuple[Block
     return part, find_blocks(graph)
 
 
-class _Meter:
-    """Sums cosines while a graph runs, holding the values that are still to be compared."""
+class _Ends:
+    """Holds the values that blocks read until what they write is there."""
 
-    def __init__(self, blocks: tuple[Block, ...]) -> None:
-        self.sums = [0.0 if b.input and b.output else float("nan") for b in blocks]
-        self.tokens = [0] * len(blocks)
+    def __init__(self, blocks: tuple[Block, ...], compare: Compare) -> None:
+        self.compare = compare
         self.ends: dict[fx.Node, list[tuple[int, fx.Node]]] = {}
         self.last_use: dict[fx.Node, fx.Node] = {}
         self.held: dict[fx.Node, Tensor] = {}
@@ -97,22 +122,15 @@ class _Meter:
     def observe(self, node: fx.Node, value: Tensor) -> None:
         """Take the value of a node."""
         for index, start in self.ends.get(node, ()):
-            cosines = _cosines(self.held[start], value)
-            self.sums[index] += float(cosines.sum())
-            self.tokens[index] += cosines.numel()
+            self.compare(index, self.held[start], value)
             if self.last_use[start] is node:
                 del self.held[start]
         if node in self.last_use:
             self.held[node] = value
 
-    def scores(self) -> tuple[float, ...]:
-        """Return one score per block, from what was seen so far."""
-        pairs = zip(self.sums, self.tokens, strict=True)
-        return tuple(1.0 - total / max(1, count) for total, count in pairs)
 
-
-def _cosines(before: Tensor, after: Tensor) -> Tensor:
-    """Return the cosine of each token's two vectors in float64; 1 where both are zero."""
+def token_cosines(before: Tensor, after: Tensor) -> Tensor:
+    """Return the cosine of each token's two vectors in float64; 1 where both are equal."""
     a, b = before.double().flatten(0, -2), after.double().flatten(0, -2)
     lengths = a.norm(dim=-1) * b.norm(dim=-1)
     cosines = (a * b).sum(-1) / lengths.clamp_min(torch.finfo(torch.float64).tiny)
