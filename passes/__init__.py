@@ -25,7 +25,7 @@ from .norms import (
 from .pipeline import Pipeline, PipelineResult, Step
 from .precision import ConvertDtype
 from .progress import Progress, SilentProgress
-from .quantization import QuantizeWeights
+from .quantization import AssignBits, QuantizeWeights
 from .spec import parse, to_spec, with_installed
 from .training import Heal
 from .tying import TieBlocks
@@ -40,6 +40,7 @@ ALL_PASSES: tuple[type[Pass], ...] = (
     RemoveNorms,
     PruneBlocks,
     TieBlocks,
+    AssignBits,
     QuantizeWeights,
     SmoothKeys,
     QuantizeCache,
@@ -61,6 +62,7 @@ def all_passes() -> dict[str, type[Pass]]:
 __all__ = [
     "ALL_PASSES",
     "REGISTRY",
+    "AssignBits",
     "Budget",
     "Canonicalize",
     "CenterResidual",
