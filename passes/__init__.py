@@ -25,7 +25,7 @@ from .norms import (
 from .pipeline import Pipeline, PipelineResult, Step
 from .precision import ConvertDtype
 from .progress import Progress, SilentProgress
-from .quantization import AssignBits, QuantizeWeights
+from .quantization import AssignBits, Equalize, QuantizeWeights
 from .spec import parse, to_spec, with_installed
 from .training import Heal
 from .tying import TieBlocks
@@ -40,6 +40,7 @@ ALL_PASSES: tuple[type[Pass], ...] = (
     RemoveNorms,
     PruneBlocks,
     TieBlocks,
+    Equalize,
     AssignBits,
     QuantizeWeights,
     SmoothKeys,
@@ -67,6 +68,7 @@ __all__ = [
     "Canonicalize",
     "CenterResidual",
     "ConvertDtype",
+    "Equalize",
     "Fidelity",
     "FoldBatchNorms",
     "FoldNorms",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -20,7 +20,7 @@ from ...ir import Attention
 from ...ir.calls import aten
 from ..canonical.match import is_call
 from ..norms.places import FOREIGN, is_move
-from .entries import Entries
+from .entries import Entries, Part
 
 _SAME = (
     aten.neg.default,
@@ -47,7 +47,10 @@ class Channels:
         equal: pairs of channels that share a scale, [2, pairs] each.
         inverse: pairs of a query's and a key's channel whose scales cancel, likewise.
         fixed: channels that must not be scaled, and the call that is why.
+        part: of the cache, whose entries hand channels on.
     """
+
+    part: ClassVar[Part] = "key"
 
     count: int
     ids: dict[fx.Node, Any]
@@ -62,11 +65,11 @@ class Channels:
         Args:
             graph: the graph.
             sources: node to the number of each entry of it, as ``number_last`` makes them.
-            entries: the cache's; past keys scale as new ones do.
+            entries: the cache's; past ones of ``part`` scale as new ones do.
         """
         count = 1 + max((int(ids.max()) for ids in sources.values()), default=-1)
         found = cls(count, dict(sources))
-        joins = {entry.join for entry in entries.found if entry.part == "key"}
+        joins = {entry.join for entry in entries.found if entry.part == cls.part}
         for node in graph.nodes:
             if node not in sources and any(n in found.ids for n in node.all_input_nodes):
                 found._pass(node, joins)
@@ -85,7 +88,7 @@ class Channels:
         elif is_call(node, _SAME):
             self.ids[node] = self.ids[node.all_input_nodes[0]]
         elif is_call(node, _TIMES) and (factor := self._factor(node)) is not None:
-            self.ids[node] = factor.expand(_shape(node))
+            self.ids[node] = factor.expand(shape_of(node))
         elif is_call(node, _PLUS) and all(n in self.ids for n in node.args[:2]):
             self._add(node)
         elif node in joins or is_move(node) or is_call(node, _MOVES):
@@ -102,7 +105,7 @@ class Channels:
         return None if divides or first in self.ids else self.ids.get(second)  # type: ignore[arg-type]
 
     def _add(self, node: fx.Node) -> None:
-        left, right = (self.ids[n].expand(_shape(node)) for n in node.args[:2])  # type: ignore[index]
+        left, right = (self.ids[n].expand(shape_of(node)) for n in node.args[:2])  # type: ignore[index]
         self.ids[node] = left
         self.equal.append(_pairs(left, right))
 
@@ -143,7 +146,7 @@ class Channels:
         for node in nodes:
             parts = self.ids.get(node, ())
             for ids in parts if isinstance(parts, tuple | list) else (parts,):
-                self.fixed.append((_known(ids), why))
+                self.fixed.append((known(ids), why))
 
     def scales(self, keys: Tensor) -> Scales:
         """Sort channels into those that can be scaled together, and those that cannot be.
@@ -155,7 +158,7 @@ class Channels:
         is_key[keys] = True
         none = torch.empty(2, 0, dtype=torch.int64)
         equal, inverse = (torch.cat([none, *pairs], 1) for pairs in (self.equal, self.inverse))
-        labels = _components(self.count, torch.cat([equal, inverse], 1))
+        labels = components(self.count, torch.cat([equal, inverse], 1))
         wrong = [
             *(ids for ids, _ in self.fixed),
             equal[0, is_key[equal[0]] != is_key[equal[1]]],
@@ -202,18 +205,18 @@ class Scales:
 
 def number_last(node: fx.Node, first: int) -> Ids:
     """Return numbers that count a node's last axis from ``first`` and repeat along the others."""
-    shape = _shape(node)
+    shape = shape_of(node)
     return torch.arange(first, first + shape[-1]).expand(shape)
 
 
 def number_heads(node: fx.Node, first: int) -> Ids:
     """Return numbers that count heads and channels of ``[batch, heads, tokens, width]``."""
-    _, heads, _, width = shape = _shape(node)
+    _, heads, _, width = shape = shape_of(node)
     ids = torch.arange(first, first + heads * width).view(1, heads, 1, width)
     return ids.expand(shape)
 
 
-def _components(count: int, edges: Tensor) -> Tensor:
+def components(count: int, edges: Tensor) -> Tensor:
     """Return for each point the smallest point that a path of edges [2, n] leads to."""
     labels = torch.arange(count)
     while True:
@@ -238,12 +241,14 @@ def distinct(values: Tensor, dim: int | None = None) -> Tensor:
     return found
 
 
-def _known(ids: Tensor) -> Tensor:
+def known(ids: Tensor) -> Tensor:
+    """Return each channel among ``ids`` once."""
     flat = distinct(ids)
     return flat[flat != FOREIGN]
 
 
-def _shape(node: fx.Node) -> list[int]:
+def shape_of(node: fx.Node) -> list[int]:
+    """Return the sizes of a value, with every symbol at 1."""
     return [_number(size) for size in node.meta["val"].shape]
 
 
@@ -253,7 +258,7 @@ def _is_tensor(node: fx.Node) -> bool:
 
 def _outside(node: fx.Node) -> Any:
     value = node.meta["val"]
-    return torch.full(_shape(node), FOREIGN) if isinstance(value, Tensor) else value
+    return torch.full(shape_of(node), FOREIGN) if isinstance(value, Tensor) else value
 
 
 def _number(value: Any) -> Any:

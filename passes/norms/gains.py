@@ -7,10 +7,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
-from ...ir import ComputedWeight, Linear, Norm, Program, QuantizedLinear, is_weight
+from ...ir import ComputedWeight, Linear, Norm, Program, QuantizedLinear, is_weight, marks_of
 from ..analysis.norm_placement import is_query_key_norm
 from ..base import Remark
 from .readers import elsewhere, in_order, named, nothing, readers, tied, untied
+
+EQUALIZED = "equalized"
+"""The mark of a norm whose gain divides channels by scales that its readers multiply them with."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,6 +96,8 @@ def _unusual(norm: Norm) -> str:
         return f"normalises over {len(norm.sizes)} dimensions, and a linear reads one"
     if not all(is_weight(part) for part in (norm.gain, norm.bias) if part is not None):
         return "its gain or bias is computed from activations"
+    if EQUALIZED in marks_of(norm.node):
+        return "its gain equalises channels, which folding would undo: fold before equalising"
     if is_query_key_norm(norm.node):
         return "normalises queries or keys: attention reads it, and no linear"
     return ""

@@ -38,6 +38,7 @@ from support.numeric import EXACT, assert_same_bits, rounding, worst_error
 REQUIRED: dict[str, dict[str, object]] = {
     "prune-blocks": {"blocks": (1,)},
     "tie-blocks": {"unique": 1},
+    "equalize": {"group_size": 8, "grid": 2, "refine": 1},
     "quantize-weights": {"method": "rtn", "group_size": 8, "embedding_bits": 8},
     "convert-dtype": {"to": "bfloat16"},
     "heal": {"steps": 1, "batch": 24, "length": 12, "mix": 0.0, "weights": "norms"},
@@ -46,6 +47,7 @@ REQUIRED: dict[str, dict[str, object]] = {
 RUNS_AGAIN = {
     "prune-blocks": "the blocks that are left are counted anew, and one more goes",
     "heal": "it trains on",
+    "equalize": "scales are searched for anew, from those that there are",
 }
 
 PASSES = {kind.name: kind(**REQUIRED.get(kind.name, {})) for kind in ALL_PASSES}
