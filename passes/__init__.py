@@ -25,7 +25,7 @@ from .norms import (
 from .pipeline import Pipeline, PipelineResult, Step
 from .precision import ConvertDtype
 from .progress import Progress, SilentProgress
-from .quantization import AssignBits, Equalize, QuantizeWeights
+from .quantization import AssignBits, Equalize, QuantizeWeights, SearchBits
 from .spec import parse, to_spec, with_installed
 from .training import Heal
 from .tying import TieBlocks
@@ -42,6 +42,7 @@ ALL_PASSES: tuple[type[Pass], ...] = (
     TieBlocks,
     Equalize,
     AssignBits,
+    SearchBits,
     QuantizeWeights,
     SmoothKeys,
     QuantizeCache,
@@ -87,6 +88,7 @@ __all__ = [
     "Remark",
     "RemoveNorms",
     "ReplaceNorms",
+    "SearchBits",
     "SilentProgress",
     "SmoothKeys",
     "Step",

@@ -3,5 +3,6 @@
 from .assign_bits import AssignBits
 from .equalize import Equalize
 from .quantize_weights import QuantizeWeights
+from .search_bits import SearchBits
 
-__all__ = ["AssignBits", "Equalize", "QuantizeWeights"]
+__all__ = ["AssignBits", "Equalize", "QuantizeWeights", "SearchBits"]

@@ -130,7 +130,7 @@ class AssignBits(Pass):
             for index, score in enumerate(scores)
         )
         count = f"{len(low)} of {len(units)} blocks in {self.low} bits"
-        return put_widths(program, self.name, Chosen(bits, texts, f"{about}: {count}"))
+        return put_widths(program, self.name, units, Chosen(bits, texts, f"{about}: {count}"))
 
     def ensures(self, before: Program, after: Program) -> None:
         """Check that only marks changed, and that a shared weight has one width.
@@ -166,14 +166,15 @@ class AssignBits(Pass):
 
     def _count(self, units: Sequence[Unit], order: Sequence[int]) -> int:
         """Return how many units get ``low``."""
-        if self.target_bits is None:
+        target = self.target_bits
+        if target is None:
             return round((0.5 if self.fraction is None else self.fraction) * len(units))
         means = []
         for count in range(len(units) + 1):
             low = set(order[:count])
             bits = [self.low if index in low else self.high for index in range(len(units))]
             means.append(mean_bits(units, bits))
-        return min(range(len(means)), key=lambda count: abs(means[count] - self.target_bits))
+        return min(range(len(means)), key=lambda count: abs(means[count] - target))
 
 
 def least_important(scores: Sequence[float], *, reverse: bool = False) -> list[int]:

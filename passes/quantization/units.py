@@ -1,7 +1,8 @@
-"""What shares one width: the linears of a block, or of all blocks that share weights."""
+"""What gets one width: the linears of a block, of blocks that share weights, or one linear."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -17,13 +18,13 @@ Place = tuple[str, int]  # name of a graph, number of a block in it
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Blocks whose linears get one width.
+    """Linears that get one width: those of blocks, or all that read one weight.
 
     Attributes:
         places: of the blocks.
-        key: of the first block, and how many others there are.
-        paths: module paths of the blocks.
-        weights: of their linears, each once.
+        key: of the first block or linear, and how many others there are.
+        paths: module paths of the blocks or linears.
+        weights: of the linears, each once.
         numbers: how many numbers those have.
     """
 
@@ -62,19 +63,33 @@ def find_units(program: Program) -> tuple[tuple[Unit, ...], tuple[Remark, ...]]:
             found.append((shared, inside))
     units = []
     for members in _joined([inside for _, inside in found], order):
-        key, more = names[members[0]][0], len(members) - 1
-        weights = tuple(shared for shared, inside in found if inside[0] in members)
-        sizes = [program.weight(shared.name).shape for shared in weights]
-        units.append(
-            Unit(
-                tuple(members),
-                f"{key} and {more} that share weights with it" if more else key,
-                tuple(dict.fromkeys(names[place][1] for place in members)),
-                weights,
-                sum(rows * columns for rows, columns in sizes),
-            )
-        )
+        keys = [names[place][0] for place in members]
+        paths = [names[place][1] for place in members]
+        weights = [shared for shared, inside in found if inside[0] in members]
+        units.append(_unit(program, members, keys, paths, weights))
     return tuple(units), tuple(missed)
+
+
+def single_linears(program: Program, units: Iterable[Unit]) -> tuple[Unit, ...]:
+    """Return a unit for each weight of some units: its linears alone."""
+    return tuple(
+        _unit(program, unit.places, shared.paths, shared.paths, [shared])
+        for unit in units
+        for shared in unit.weights
+    )
+
+
+def _unit(
+    program: Program,
+    places: Sequence[Place],
+    keys: Sequence[str],
+    paths: Sequence[str],
+    weights: Sequence[Shared],
+) -> Unit:
+    more = len(keys) - 1
+    key = f"{keys[0]} and {more} that share weights with it" if more else keys[0]
+    numbers = sum(math.prod(program.weight(shared.name).shape) for shared in weights)
+    return Unit(tuple(places), key, tuple(dict.fromkeys(paths)), tuple(weights), numbers)
 
 
 def check_units(program: Program, name: str) -> None:

@@ -15,7 +15,7 @@ from ..select import chosen
 from ..spec import to_spec
 from .quantize_weights import QuantizeWeights
 from .readers import WIDTH, Shared, find_shared
-from .units import Unit, find_units
+from .units import Unit, find_units, single_linears
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +40,22 @@ def mean_bits(units: Sequence[Unit], bits: Sequence[float]) -> float:
 
 
 def put_widths(
-    program: Program, name: str, choice: Chosen, details: dict[str, Any] | None = None
+    program: Program,
+    name: str,
+    units: Sequence[Unit],
+    choice: Chosen,
+    details: dict[str, Any] | None = None,
 ) -> PassResult:
     """Mark every linear of the units with its width.
 
     Args:
         program: is edited.
         name: of the pass.
+        units: those of the program.
         choice: the widths.
         details: more figures for the manifest.
     """
-    units, missed = find_units(program)
+    missed = find_units(program)[1]
     table = list(zip(units, choice.bits, choice.scores, strict=True))
     rows, changed = [], False
     for unit, bits, score in table:
@@ -98,9 +103,9 @@ def check_only_marked(before: Program, after: Program) -> None:
     check_same_values(before, after)
     for name, graph in before.graphs.items():
         rewritten_calls(graph, after.graphs[name], _nothing_else)
-    for unit in find_units(after)[0]:
+    for unit in single_linears(after, find_units(after)[0]):
         if len(found := _marked(unit)) != 1:
-            raise PassError(f"{unit.key}: its linears have the widths {found}")
+            raise PassError(f"{unit.key}: calls that read one weight have the widths {found}")
 
 
 def _nothing_else(old: fx.Node, new: fx.Node, same: Same) -> bool:

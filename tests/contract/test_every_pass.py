@@ -39,6 +39,7 @@ REQUIRED: dict[str, dict[str, object]] = {
     "prune-blocks": {"blocks": (1,)},
     "tie-blocks": {"unique": 1},
     "equalize": {"group_size": 8, "grid": 2, "refine": 1},
+    "search-bits": {"target_bits": 4, "group_size": 8, "pairs": 1, "tables": 1},
     "quantize-weights": {"method": "rtn", "group_size": 8, "embedding_bits": 8},
     "convert-dtype": {"to": "bfloat16"},
     "heal": {"steps": 1, "batch": 24, "length": 12, "mix": 0.0, "weights": "norms"},
