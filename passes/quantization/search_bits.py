@@ -16,7 +16,7 @@ from ..base import Fidelity, Pass, PassResult
 from ..context import PassContext, reads_tokens
 from ..progress import Advance
 from .bit_search import Forecast, Goal, Search, Table
-from .sensitivity import Cost, RoundedUnits, second_order
+from .sensitivity import Cost, RoundedUnits, has_logits, second_order
 from .units import Unit, check_units, find_units, single_linears
 from .widths import Chosen, check_only_marked, mean_bits, put_widths
 
@@ -111,7 +111,7 @@ class SearchBits(Pass):
                 "cannot tell what widths cost",
                 remedy="assign-bits{score=zd} needs none",
             )
-        if self.target_kl is not None and program.kind == "encoder":
+        if self.target_kl is not None and not has_logits(program):
             raise PassError(
                 f"{self.name}: {program.origin.model} has no logits, so there is no KL to meet",
                 remedy="use target-bits= or target-bytes=",
@@ -143,7 +143,7 @@ class SearchBits(Pass):
             forecast = self._forecast(curves, sizes, cost, advance)
             search = Search(forecast, measure, goal, self.tables)
             best = search.run()
-        figure = "1 - cosine" if program.kind == "encoder" else "KL"
+        figure = "KL" if has_logits(program) else "1 - cosine"
         about = (
             f"{figure} {search.seen[best]:.4g} on {windows.numel()} tokens of calibration text, "
             f"rounded to nearest, best of {len(search.seen)} tables"
@@ -233,7 +233,7 @@ class SearchBits(Pass):
         tiny = torch.finfo(torch.float64).tiny
         curves = curves * (alone / curves[:, 0].clamp_min(tiny))[:, None]
         pairs = torch.zeros(count, count, dtype=torch.float64)
-        for i, j in _first(alone.tolist(), self.pairs):
+        for i, j in first_pairs(alone.tolist(), self.pairs):
             both = cost({i: narrowest, j: narrowest})
             pairs[i, j] = pairs[j, i] = both - measured[i] - measured[j]
             advance(1)
@@ -249,7 +249,7 @@ class SearchBits(Pass):
         return found
 
 
-def _first(alone: Sequence[float], count: int) -> list[tuple[int, int]]:
+def first_pairs(alone: Sequence[float], count: int) -> list[tuple[int, int]]:
     """Return the pairs to measure: neighbours first, then by falling product of their costs."""
     every = itertools.combinations(range(len(alone)), 2)
     return sorted(every, key=lambda p: (p[1] - p[0] > 1, -alone[p[0]] * alone[p[1]], p))[:count]

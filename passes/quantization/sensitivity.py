@@ -23,6 +23,11 @@ from .store import Dequantized
 from .units import Unit
 
 
+def has_logits(program: Program) -> bool:
+    """Tell whether what a model predicts are tokens, so that there is a KL."""
+    return program.kind in ("decoder", "encoder-decoder")
+
+
 class RoundedUnits:
     """The weights of units, each rounded to nearest in a width when that is first asked for.
 
@@ -111,7 +116,8 @@ def second_order(
 
     with means over tokens, x: [in] what the linear reads.  For a model without logits a random
     direction v stands for y and ``v . h / norm(h)`` for log p(y), h the mean of its output: the
-    Hessian is then that of one minus the cosine.
+    Hessian is then that of one minus the cosine.  Tokens count as independent, which they are not
+    where h is a mean over them: costs are then too low, all by about the same factor.
 
     Args:
         rounded: the weights.
@@ -138,11 +144,12 @@ def _drawn(
 ) -> tuple[Tensor, int]:
     """Return the scalar whose gradients are wanted, and of how many predictions it is a sum."""
     found = predictions(program, token_batch(program, rows), slopes.run)
-    if program.kind in ("decoder", "encoder-decoder"):
+    if has_logits(program):
         logs = found.log_softmax(-1).flatten(0, -2)
         drawn = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator)
         return logs.gather(-1, drawn.to(logs.device)).sum(), len(logs)
-    pooled = mean_pool(found, torch.ones(found.shape[:2])) if found.dim() == 3 else found.flatten(1)
+    pools = program.kind == "encoder" and found.dim() == 3
+    pooled = mean_pool(found, torch.ones(found.shape[:2])) if pools else found.flatten(1)
     unit = torch.nn.functional.normalize(pooled.double(), dim=-1)
     direction = torch.randn(unit.shape, generator=generator, dtype=torch.float64)
     return (unit * direction.to(unit.device)).sum(), len(unit)

@@ -74,7 +74,7 @@ class SpoiledConvert(Spoiled, ConvertDtype):
 
 
 def quantize(spoil: str) -> Pass:
-    return SpoiledQuantize(spoil=spoil, group_size=4)
+    return SpoiledQuantize(spoil=spoil, group_size=4, method="rtn")
 
 
 def prune(spoil: str) -> Pass:

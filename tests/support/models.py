@@ -155,13 +155,13 @@ class TiedBlocks(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed = nn.Embedding(16, 8)
+        self.embed = nn.Embedding(VOCABULARY, 8)
         self.layers = nn.ModuleList([Block(), Block()])
-        self.norm, self.head = nn.LayerNorm(8, bias=False), nn.Linear(8, 16, bias=False)
+        self.norm, self.head = nn.LayerNorm(8, bias=False), nn.Linear(8, VOCABULARY, bias=False)
         self.head.weight = self.embed.weight
 
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
         for layer in self.layers:
             x = layer(x)
         result: Tensor = self.head(self.norm(x))
