@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .options import AllowPickle, Debug, Json
+from .scores import block_scores, show_scores
 from .screen import Screen, count_text, figure, size_text
 from .sources import is_artifact_word, is_model_folder, is_plain_onnx, open_program
 
@@ -26,6 +27,13 @@ def command(
         ),
     ],
     graph: Annotated[bool, typer.Option("--graph", help="Print every call of the graph.")] = False,
+    scores: Annotated[
+        bool,
+        typer.Option("--scores", help="Score each block: ZD, and LIM where text is given."),
+    ] = False,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text that --scores reads for LIM.", metavar="FILE")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub id.")] = None,
     allow_pickle: AllowPickle = False,
     as_json: Json = False,
@@ -33,15 +41,36 @@ def command(
 ) -> None:
     """Show what a model or artifact is: blocks, parameters, bytes, and how it was made."""
     screen = Screen(as_json=as_json)
+    if calibration is not None and not scores:
+        raise typer.BadParameter("--calibration is read by --scores only")
     with screen.quiet_libraries(debug=debug):
         if is_artifact_word(model) or is_plain_onnx(model):
             about = artifact_facts(Path(model), screen, graph=graph)
+            program = _program_of(Path(model), screen) if scores else None
         else:
             program = open_program(model, screen, revision=revision, allow_pickle=allow_pickle)
             about = program_facts(program, graph=graph)
+        if scores and program is not None:
+            about["scores"] = block_scores(program, screen, calibration)
     if as_json:
         screen.emit(about)
     show(screen, about, model)
+
+
+def _program_of(folder: Path, screen: Screen) -> Program:
+    """Return the program in an artifact.
+
+    Raises:
+        DataError: it holds none, as ONNX files do not.
+    """
+    from ..ir import DataError, is_program_folder
+
+    if not (is_program_folder(folder) or is_model_folder(folder)):
+        raise DataError(
+            f"{folder} holds no program, so its blocks have no scores",
+            remedy="score the model it was made from",
+        )
+    return open_program(folder, screen)
 
 
 def program_facts(program: Program, *, graph: bool = False) -> dict[str, Any]:
@@ -104,7 +133,7 @@ def artifact_facts(folder: Path, screen: Screen, *, graph: bool = False) -> dict
     if graph and (is_program_folder(folder) or is_model_folder(folder)):
         from ..ir import to_text
 
-        about["graph"] = to_text(open_program(folder, screen))
+        about["graph"] = to_text(_program_of(folder, screen))
     elif graph:
         about["graph"] = "\n".join(line for path in files for line in graph_lines(path))
     return about
@@ -135,6 +164,8 @@ def show(screen: Screen, about: dict[str, Any], word: str) -> None:
     for name, signature in about["signatures"].items():
         for side in ("inputs", "outputs"):
             screen.say(f"  {name} {side}: {_tensors(signature[side])}")
+    if "scores" in about:
+        show_scores(screen, about["scores"])
     if "graph" in about:
         screen.say("")
         screen.say(about["graph"].rstrip())

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from modelathe.backends import Eager
@@ -13,6 +14,8 @@ from modelathe.backends.program_session import ProgramSession
 from modelathe.backends.session import open_artifact
 from modelathe.cli.inspect import norms_text
 from modelathe.ir import save_program, to_text
+from modelathe.passes import Canonicalize
+from modelathe.passes.analysis.zd import zd
 from support.models import program
 
 
@@ -62,3 +65,33 @@ def test_an_artifact_called_demo_is_not_the_embedded_model(
     opened = open_artifact("demo")
     assert isinstance(opened, ProgramSession)
     assert graph == to_text(opened.program) == to_text(program("norm-mlp"))
+
+
+def test_inspect_scores_blocks(tmp_path: Path, cli: Callable[..., Any]) -> None:
+    save_program(program("llama"), tmp_path)
+    text = tmp_path / "text.npy"
+    np.save(text, np.arange(400) % 40)
+    canonical = Canonicalize()(program("llama")).program
+    plain = cli("inspect", tmp_path, "--scores", "--json").json["scores"]
+    keys = ["model.layers.0", "model.layers.1"]
+    assert plain == [
+        {"block": key, "zd": score} for key, score in zip(keys, zd(canonical).scores, strict=True)
+    ]
+    found = cli("inspect", tmp_path, "--scores", "--calibration", text, "--json")
+    for row in found.json["scores"]:
+        assert -1 <= row["lim"] <= 1
+        assert 0 <= row["block_influence"] <= 2
+    shown = cli("inspect", tmp_path, "--scores").out
+    assert f"{plain[0]['zd']:.4g}" in shown
+
+
+def test_scores_that_cannot_be_are_refused(
+    tmp_path: Path, cli: Callable[..., Any], toy: Path
+) -> None:
+    found = cli("inspect", toy, "--scores")
+    assert found.status != 0
+    assert "holds no program" in found.err
+    assert cli("inspect", toy, "--calibration", "x.txt").status == 2
+    save_program(program("llama"), tmp_path)
+    missing = cli("inspect", tmp_path, "--scores", "--calibration", tmp_path / "none.txt")
+    assert "no such file" in missing.err
