@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...ir import Program, find_blocks, fingerprint
+from ...ir import PassError, Program, find_blocks, fingerprint
 from ..context import PassContext
 from .block_influence import BlockScores, compare_ends, token_cosines
 
@@ -44,6 +44,7 @@ def lim(
 
     Raises:
         DataError: there is no calibration text, and none can be made up.
+        PassError: values are not finite.
 
     Source: Layer-Wise Quantization (arXiv 2406.17415).  The paper has one vector per block and
     does not say how tokens make it: flattening them is a reconstruction.
@@ -64,6 +65,11 @@ def lim(
         sums[index] += moments(before, after).cpu()
 
     read = compare_ends(program, context, name, compare)
+    if not bool(sums.isfinite().all() and means.isfinite().all()):
+        raise PassError(
+            "the residual stream is not finite on the calibration text",
+            remedy="use another calibration text, or see with inspect which weights are damaged",
+        )
     found = flat_cosines(sums) if agg == "flatten" else means[:, 0] / means[:, 1]
     scores = tuple(-float(cosine) for cosine in found.clamp(-1.0, 1.0))
     return BlockScores(scores, name, read, fingerprint(program))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ...ir import Block, Linear, Program, Weight, find_blocks, fingerprint
+from ...ir import Block, Linear, PassError, Program, Weight, find_blocks, fingerprint
 from ...ir.quant import row_tiles
 from .block_influence import BlockScores
 
@@ -33,6 +34,9 @@ def zd(
         pooled: take mean and deviation over all numbers of the block; else over each matrix by
             itself, and the mean of the matrices' shares.
 
+    Raises:
+        PassError: weights are not finite.
+
     Source: Layer-Wise Quantization (arXiv 2406.17415).  Which numbers are pooled, and that one side
     counts, is a reconstruction.
     """
@@ -53,12 +57,18 @@ def linear_weights(block: Block) -> tuple[str, ...]:
 
 
 def share_above(weights: Iterable[Weight], sided: Sided) -> float:
-    """Return which share of the numbers of some matrices lies more than one deviation out."""
+    """Return which share of the numbers of some matrices lies more than one deviation out.
+
+    Raises:
+        PassError: some are not finite.
+    """
     loaded = tuple(weights)
     count = sum(weight.shape[0] * weight.shape[1] for weight in loaded)
     total = sum(float(rows.sum()) for rows in _tiles(loaded))
     mean = total / count
     spread = sum(float((rows - mean).square().sum()) for rows in _tiles(loaded)) / count
+    if not math.isfinite(spread):
+        raise PassError("weights are not finite", remedy="mend or replace them")
     if spread <= _FEW * mean**2:
         return 0.0
     deviation = spread**0.5

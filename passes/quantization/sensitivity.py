@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ...ir import Linear, Program
+from ...ir import Linear, PassError, Program
 from ...ir.execute import Place, interpret
 from ...ir.quant import QuantizedTensor, QuantType, quantize
 from ..context import PassContext
@@ -46,10 +47,17 @@ class RoundedUnits:
         self._made: dict[tuple[str, int], QuantizedTensor] = {}
 
     def tensor(self, name: str, bits: int) -> QuantizedTensor:
-        """Return a weight in some width."""
+        """Return a weight in some width.
+
+        Raises:
+            PassError: it is not finite.
+        """
         if (name, bits) not in self._made:
             weight = self.program.weight(name).load()
-            self._made[name, bits] = quantize(weight, self._type(bits))
+            try:
+                self._made[name, bits] = quantize(weight, self._type(bits))
+            except ValueError as error:
+                raise PassError(f"@{name}: {error}", remedy="mend or replace the weight") from error
         return self._made[name, bits]
 
     def error(self, name: str, bits: int) -> Tensor:
@@ -88,7 +96,11 @@ class Cost:
         self._reference = Reference(rounded.program, quiet)
 
     def __call__(self, bits: Mapping[int, int]) -> float:
-        """Return the cost of rounding some units: the number of each, and its width."""
+        """Return the cost of rounding some units: the number of each, and its width.
+
+        Raises:
+            PassError: outputs are not finite.
+        """
         key = tuple(sorted(bits.items()))
         if key not in self._known:
             program = self.rounded.program
@@ -98,7 +110,9 @@ class Cost:
                     tensor = self.rounded.tensor(shared.name, width)
                     trial.weights.put(shared.name, Dequantized(program.weight(shared.name), tensor))
             found = self._reference.measure(trial)
-            self._known[key] = found.kl if found.kl is not None else 1.0 - (found.cosine or 0.0)
+            cost = found.kl if found.kl is not None else 1.0 - (found.cosine or 0.0)
+            _check_finite(math.isfinite(cost))
+            self._known[key] = cost
             self.measured += 1
         return self._known[key]
 
@@ -124,6 +138,9 @@ def second_order(
         widths: one column for each.
         context: seed, device and progress.
         windows: int64 [windows, length].
+
+    Raises:
+        PassError: outputs are not finite.
     """
     slopes = _Slopes(rounded, context.device)
     generator = torch.Generator().manual_seed(context.seed)
@@ -146,13 +163,23 @@ def _drawn(
     found = predictions(program, token_batch(program, rows), slopes.run)
     if has_logits(program):
         logs = found.log_softmax(-1).flatten(0, -2)
+        _check_finite(not bool(logs.isnan().any()))
         drawn = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator)
         return logs.gather(-1, drawn.to(logs.device)).sum(), len(logs)
     pools = program.kind == "encoder" and found.dim() == 3
+    _check_finite(bool(found.isfinite().all()))
     pooled = mean_pool(found, torch.ones(found.shape[:2])) if pools else found.flatten(1)
     unit = torch.nn.functional.normalize(pooled.double(), dim=-1)
     direction = torch.randn(unit.shape, generator=generator, dtype=torch.float64)
     return (unit * direction.to(unit.device)).sum(), len(unit)
+
+
+def _check_finite(finite: bool) -> None:
+    if not finite:
+        raise PassError(
+            "the model's outputs are not finite on the calibration text",
+            remedy="use another calibration text, or see with inspect which weights are damaged",
+        )
 
 
 class _Slopes:

@@ -9,9 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from modelathe.ir import PassError, Program, QuantizedLinear, marks_of, path_of
+from modelathe.ir import (
+    PassError,
+    Program,
+    QuantizedLinear,
+    TensorWeight,
+    marks_of,
+    path_of,
+)
 from modelathe.passes import (
     AssignBits,
+    Pass,
     PassContext,
     Pipeline,
     QuantizeWeights,
@@ -198,6 +206,26 @@ def test_models_without_logits_are_searched_by_their_cosine(model: str) -> None:
 def test_what_cannot_be_met_is_refused(model: str, options: Any, message: str) -> None:
     with pytest.raises(PassError, match=message) as caught:
         searched(model, **options)
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("pass_", "ending", "message"),
+    [
+        (SearchBits(target_kl=0.1, group_size=8), "mlp.up_proj.weight", "nan or inf"),
+        (SearchBits(target_kl=0.1, group_size=8), "input_layernorm.weight", "outputs are not"),
+        (SearchBits(target_bits=3, group_size=8), "input_layernorm.weight", "outputs are not"),
+        (AssignBits(score="lim"), "input_layernorm.weight", "residual stream is not finite"),
+        (AssignBits(score="lim", agg="token-mean"), "input_layernorm.weight", "is not finite"),
+        (AssignBits(score="zd"), "mlp.up_proj.weight", "weights are not finite"),
+    ],
+)  # fmt: skip
+def test_numbers_that_are_not_finite_are_refused(pass_: Pass, ending: str, message: str) -> None:
+    found = canonical("llama").editable()
+    name = next(name for name in found.weights if name.endswith(ending))
+    found.weights.put(name, TensorWeight(torch.full_like(found.weights[name].load(), torch.nan)))
+    with pytest.raises(PassError, match=message) as caught:
+        pass_.run(found, context())
     assert caught.value.remedy
 
 
