@@ -12,10 +12,10 @@ from torch import fx, nn
 
 from modelathe.backends import Checkpoint
 from modelathe.ir import Program, TensorWeight, capture
-from modelathe.passes import Canonicalize, FoldNorms, PruneBlocks
+from modelathe.passes import Canonicalize, Equalize, FoldNorms, PruneBlocks
 
 from .folders import write_folder
-from .models import _GPT2, _LLAMA, _SIZES, _SPECIAL, Transformer, perturb
+from .models import _GPT2, _LLAMA, _SIZES, _SPECIAL, Transformer, context, perturb
 
 BLOCKS, KEPT = 4, (0, 3)
 _FOUR = {"num_hidden_layers": BLOCKS}
@@ -61,9 +61,11 @@ def model_folder(name: str, folder: Path) -> Path:
 
 
 def changed(folder: Path) -> Program:
-    """Return a model folded, without its two middle blocks, and with other weights."""
+    """Return a model folded, equalised in its first block, without two, and with other weights."""
     program = Canonicalize()(capture(folder)).program
     program = FoldNorms()(program).program
+    program = Equalize(kind="smooth", grid=1, only=("0",))(program, context()).program
+    assert any(name.endswith("equalized") for name in program.weights)
     return healed(PruneBlocks(blocks=(1, 2))(program).program)
 
 
