@@ -67,7 +67,7 @@ def map_weights(model: Any, stored: Mapping[str, Weight], folder: Path) -> Mappe
             files has no place in the model.
     """
     found, unused = _convert(model, stored)
-    found |= _unsaved(model, _missing(model, found))
+    found |= unsaved_weights(model, _missing(model, found))
     if missing := _missing(model, found):
         raise CaptureError(
             f"{folder}: {len(missing)} of the model's weights are in no file, such as {missing[0]}",
@@ -101,16 +101,16 @@ def _missing(model: Any, found: Iterable[str]) -> list[str]:
     return sorted({first for first in canonical.values() if first not in present})
 
 
-def _unsaved(model: Any, missing: Iterable[str]) -> dict[str, Weight]:
-    """Return the values of parameters that transformers expects in no file, such as sinusoids.
+def unsaved_weights(model: Any, names: Iterable[str]) -> dict[str, Weight]:
+    """Return those of the named parameters that transformers expects in no file: sinusoids.
 
-    A value that is drawn at random is none.
+    They have the value that the model initialises them with.  One that is drawn at random is none.
     """
     patterns = set(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
-    names = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    unsaved = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     found: dict[str, Weight] = {}
-    for name in missing:
-        if name in names or any(re.search(pattern, name) for pattern in patterns):
+    for name in names:
+        if name in unsaved or any(re.search(pattern, name) for pattern in patterns):
             value, again = (_initialised(model, name, seed) for seed in (0, 1))
             if torch.equal(value, again):
                 found[name] = TensorWeight(value)

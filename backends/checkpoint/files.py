@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...ir import LoweringError, Weight
-from ...ir.mapping import tied_names
+from ...ir.mapping import tied_names, unsaved_weights
 from ...ir.storage import write_safetensors
 
 PART = 5_000_000_000  # bytes of weights in one file
@@ -59,6 +59,9 @@ def _parts(entries: Iterable[Entry]) -> list[list[Entry]]:
 def file_entries(model: Any, weights: Mapping[str, Weight]) -> list[Entry]:
     """Return what the files hold: transformers' conversion mapping, backwards.
 
+    What it never saves, such as tables of sinusoids, is left out where it is as transformers makes
+    it; where a pass changed it, it is in the files, and ``from_pretrained`` takes it from there.
+
     Args:
         model: without data.
         weights: its parameters and persistent buffers; of tied ones, the first name.
@@ -69,19 +72,30 @@ def file_entries(model: Any, weights: Mapping[str, Weight]) -> list[Entry]:
     from transformers import core_model_loading
 
     renamings, converters = _reversed_mapping(model)
+    known = _by_any_name(model, weights)
     groups: dict[str, list[str]] = {}
     plain: dict[str, str] = {}
-    for name in sorted(_names(model), key=core_model_loading.dot_natural_key):
+    names = set(_names(model)) - _left_out(model, known)
+    for name in sorted(names, key=core_model_loading.dot_natural_key):
         target, pattern = core_model_loading.apply_converters(name, converters)
         if pattern is None:
             plain[name] = core_model_loading.apply_renamings(name, renamings)
         else:
             groups.setdefault(target, []).append(name)
-    known, reverter = _by_any_name(model, weights), _Reverter(model)
+    reverter = _Reverter(model)
     entries = [(new, known[name]) for name, new in plain.items()]
-    for names in groups.values():
-        entries += reverter.entries([(name, known[name]) for name in names])
+    for group in groups.values():
+        entries += reverter.entries([(name, known[name]) for name in group])
     return entries
+
+
+def _left_out(model: Any, weights: Mapping[str, Weight]) -> set[str]:
+    """Return the parameters that are never saved and have the value that the model makes."""
+    names = set(getattr(model, "_keys_to_ignore_on_save", None) or ()) & set(weights)
+    made = unsaved_weights(model, names)
+    return {
+        name for name, weight in made.items() if torch.equal(weight.load(), weights[name].load())
+    }
 
 
 def _by_any_name(model: Any, weights: Mapping[str, Weight]) -> dict[str, Weight]:

@@ -30,6 +30,28 @@ def tiny_bert(dtype: torch.dtype = torch.float32) -> nn.Module:
     return model
 
 
+_SEQ2SEQ = {
+    "vocab_size": 16,
+    "decoder_vocab_size": 16,
+    "max_position_embeddings": 16,
+    "d_model": 16,
+    **{
+        f"{part}_{name}": count
+        for part in ("encoder", "decoder")
+        for name, count in {"layers": 1, "ffn_dim": 16, "attention_heads": 2}.items()
+    },
+    "pad_token_id": 0,
+    "decoder_start_token_id": 0,
+    "forced_eos_token_id": 1,
+}
+
+
+def tiny_marian() -> Any:
+    """Return a translation model, whose sinusoidal positions transformers does not save."""
+    torch.manual_seed(0)
+    return Transformer("AutoModelForSeq2SeqLM", "marian", _SEQ2SEQ)().eval()
+
+
 def write_folder(model: Any, folder: Path, **options: Any) -> Path:
     """Write a transformers model and return its folder."""
     model.save_pretrained(folder, **options)

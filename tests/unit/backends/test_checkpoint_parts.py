@@ -16,12 +16,12 @@ from modelathe.backends import Checkpoint
 from modelathe.backends.checkpoint import files
 from modelathe.backends.checkpoint.architecture import empty_model
 from modelathe.backends.checkpoint.assign import undo
-from modelathe.backends.checkpoint.files import file_entries
+from modelathe.backends.checkpoint.files import file_entries, write_weights
 from modelathe.ir import ComputedWeight, LoweringError, Program, TensorWeight, capture
 from modelathe.passes import FoldNorms
 from support.checkpoints import linear_at, parameters, round_trip
 from support.feeds import feed
-from support.folders import tiny_bert, write_folder
+from support.folders import tiny_bert, tiny_marian, write_folder
 from support.models import _LLAMA, Transformer, canonical, perturb
 from support.numeric import rounding, worst_error
 
@@ -107,6 +107,21 @@ def test_files_name_experts_as_transformers_does(tmp_path: Path) -> None:
     assert found.keys() == expected.keys()
     assert any(".experts.2.gate_proj." in name for name in found)
     assert all(torch.equal(tensor, found[name].load()) for name, tensor in expected.items())
+
+
+def test_sinusoids_are_left_out_of_files_unless_a_pass_changed_them(tmp_path: Path) -> None:
+    model = tiny_marian()
+    expected = load_file(write_folder(model, tmp_path) / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    held = {name: TensorWeight(tensor) for name, tensor in model.state_dict().items()}
+    assert dict(file_entries(empty_model(config), held)).keys() == expected.keys()
+    name = "model.decoder.embed_positions.weight"
+    held[name] = TensorWeight(held[name].load() + 1)
+    entries = dict(file_entries(empty_model(config), held))
+    assert entries.keys() - expected.keys() == {name}
+    write_weights(entries.items(), tmp_path, lambda *_: None)
+    loaded = type(model).from_pretrained(tmp_path).get_parameter(name)
+    assert torch.equal(loaded, held[name].load())
 
 
 _VISION = {

@@ -14,7 +14,7 @@ from torch import Tensor
 from modelathe.ir import CaptureError, capture, to_text
 from modelathe.ir.checkpoint import fake_model, read_config, stored_tensors
 from modelathe.ir.mapping import Mapped, map_weights
-from support.folders import write_folder
+from support.folders import tiny_marian, write_folder
 
 _COMMON = {"vocab_size": 16, "max_position_embeddings": 16}
 _BERT = {
@@ -30,19 +30,6 @@ _GPT_NEO = {
     "num_layers": 1,
     "attention_types": [[["global"], 1]],
     "num_heads": 2,
-}
-_MARIAN = {
-    **_COMMON,
-    "decoder_vocab_size": 16,
-    "d_model": 16,
-    **{
-        f"{part}_{name}": count
-        for part in ("encoder", "decoder")
-        for name, count in {"layers": 1, "ffn_dim": 16, "attention_heads": 2}.items()
-    },
-    "pad_token_id": 0,
-    "decoder_start_token_id": 0,
-    "forced_eos_token_id": 1,
 }
 
 
@@ -151,7 +138,7 @@ def test_a_bias_is_not_taken_for_a_mask(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def marian(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A translation model, whose sinusoidal positions transformers does not save."""
-    return write_folder(model_of("MarianMTModel", **_MARIAN), tmp_path_factory.mktemp("marian"))
+    return write_folder(tiny_marian(), tmp_path_factory.mktemp("marian"))
 
 
 POSITIONS = "model.{}.embed_positions.weight"
