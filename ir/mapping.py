@@ -69,9 +69,13 @@ def map_weights(model: Any, stored: Mapping[str, Weight], folder: Path) -> Mappe
     found, unused = _convert(model, stored)
     found |= unsaved_weights(model, _missing(model, found))
     if missing := _missing(model, found):
+        shape = tuple(model.get_parameter(missing[0]).shape)
+        alike = [key for key in unused if stored[key].shape == shape]
+        one = len(alike) == 1
+        hint = f"; if {alike[0]} is that weight, write it under this name" if one else ""
         raise CaptureError(
             f"{folder}: {len(missing)} of the model's weights are in no file, such as {missing[0]}",
-            remedy="the checkpoint is incomplete, or config.json describes another model",
+            remedy="the checkpoint is incomplete, or config.json describes another model" + hint,
         )
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, weight in found.items():

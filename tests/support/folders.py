@@ -31,8 +31,8 @@ def tiny_bert(dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 _SEQ2SEQ = {
-    "vocab_size": 16,
-    "decoder_vocab_size": 16,
+    "vocab_size": 24,
+    "decoder_vocab_size": 24,
     "max_position_embeddings": 16,
     "d_model": 16,
     **{
@@ -46,10 +46,10 @@ _SEQ2SEQ = {
 }
 
 
-def tiny_marian() -> Any:
-    """Return a translation model, whose sinusoidal positions transformers does not save."""
+def tiny_seq2seq(kind: str) -> Any:
+    """Return a bart or marian; transformers does not save the positions of the second."""
     torch.manual_seed(0)
-    return Transformer("AutoModelForSeq2SeqLM", "marian", _SEQ2SEQ)().eval()
+    return Transformer("AutoModelForSeq2SeqLM", kind, _SEQ2SEQ)().eval()
 
 
 def write_folder(model: Any, folder: Path, **options: Any) -> Path:

@@ -21,7 +21,7 @@ from modelathe.ir import ComputedWeight, LoweringError, Program, TensorWeight, c
 from modelathe.passes import FoldNorms
 from support.checkpoints import linear_at, parameters, round_trip
 from support.feeds import feed
-from support.folders import tiny_bert, tiny_marian, write_folder
+from support.folders import tiny_bert, tiny_seq2seq, write_folder
 from support.models import _LLAMA, Transformer, canonical, perturb
 from support.numeric import rounding, worst_error
 
@@ -110,7 +110,7 @@ def test_files_name_experts_as_transformers_does(tmp_path: Path) -> None:
 
 
 def test_sinusoids_are_left_out_of_files_unless_a_pass_changed_them(tmp_path: Path) -> None:
-    model = tiny_marian()
+    model = tiny_seq2seq("marian")
     expected = load_file(write_folder(model, tmp_path) / "model.safetensors")
     config = json.loads((tmp_path / "config.json").read_text())
     held = {name: TensorWeight(tensor) for name, tensor in model.state_dict().items()}

@@ -14,7 +14,7 @@ from torch import Tensor
 from modelathe.ir import CaptureError, capture, to_text
 from modelathe.ir.checkpoint import fake_model, read_config, stored_tensors
 from modelathe.ir.mapping import Mapped, map_weights
-from support.folders import tiny_marian, write_folder
+from support.folders import tiny_seq2seq, write_folder
 
 _COMMON = {"vocab_size": 16, "max_position_embeddings": 16}
 _BERT = {
@@ -138,7 +138,7 @@ def test_a_bias_is_not_taken_for_a_mask(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def marian(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A translation model, whose sinusoidal positions transformers does not save."""
-    return write_folder(tiny_marian(), tmp_path_factory.mktemp("marian"))
+    return write_folder(tiny_seq2seq("marian"), tmp_path_factory.mktemp("marian"))
 
 
 POSITIONS = "model.{}.embed_positions.weight"
@@ -154,6 +154,19 @@ def test_positions_that_are_never_saved_are_made_as_transformers_makes_them(mari
     for name in names:
         assert torch.equal(found.weight(name).load(), loaded.get_parameter(name))
     assert to_text(found) == to_text(capture(loaded.eval()))
+
+
+def test_a_decoder_is_taken_out_of_a_full_model_when_its_embedding_is_there(tmp_path: Path) -> None:
+    """transformers itself draws that embedding at random: the files call it the shared one."""
+    stored = stored_tensors(write_folder(tiny_seq2seq("bart"), tmp_path))
+    model, _ = fake_model(tmp_path, {**read_config(tmp_path), "architectures": ["BartForCausalLM"]})
+    with pytest.raises(CaptureError, match=r"decoder\.embed_tokens\.weight") as caught:
+        map_weights(model, stored, tmp_path)
+    assert "if model.shared.weight is that weight, write it under this name" in caught.value.remedy
+    stored["model.decoder.embed_tokens.weight"] = stored["model.shared.weight"]
+    found = map_weights(model, stored, tmp_path)
+    assert "model.decoder.layers.0.fc1.weight" in found.weights
+    assert "model.encoder.layers.0.fc1.weight" in found.left_out
 
 
 def test_what_would_be_drawn_at_random_is_missing(marian: Path) -> None:
