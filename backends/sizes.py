@@ -11,6 +11,7 @@ from ..ir import (
     QuantizedLinear,
     find_blocks,
 )
+from ..ir.sparse import outlier_sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,9 +20,10 @@ class ProgramSizes:
 
     Attributes:
         blocks: transformer layers, of all graphs together.
-        parameters: numbers that the weights stand for; a quantised one counts once, its scale not.
-        bytes: of everything that is stored, scales and zero points with it.
-        buffer_bytes: of what is stored and is no parameter, nor scale or zero point of one.
+        parameters: numbers that the weights stand for; a quantised one counts once, its scales
+            and outliers not.
+        bytes: of everything that is stored, with scales, zero points, and outliers' places.
+        buffer_bytes: of what is stored and is no parameter, nor belongs to the codes of one.
     """
 
     blocks: int
@@ -40,6 +42,8 @@ def program_sizes(program: Program) -> ProgramSizes:
     meant: dict[str, int] = {}
     extra: set[str] = set()
     for graph in program.graphs.values():
+        for one in outlier_sums(graph):
+            extra |= {str(one.values.target), str(one.indices.target)}
         for node in graph.nodes:
             call = QuantizedLinear.match(node) or QuantizedEmbedding.match(node)
             if call is None:

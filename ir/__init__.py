@@ -2,6 +2,7 @@
 
 from . import cache as _cache  # noqa: F401  (registers torch.ops.modelathe)
 from . import ops as _ops  # noqa: F401  (registers torch.ops.modelathe)
+from . import sparse as _sparse  # noqa: F401  (registers torch.ops.modelathe)
 from .blocks import (
     Block,
     block_of,

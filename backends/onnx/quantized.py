@@ -9,8 +9,10 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from ...ir import LoweringError
 from ...ir import ops as _ops  # registers the operators
 from ...ir.quant import QuantType
+from ...ir.sparse import SparseLinear
 from .builder import stored_dtype
 from .emitter import Emitter, dtype_of, sizes_of
 from .pack import Layout, layout
@@ -21,6 +23,7 @@ _CONTRIB = "com.microsoft"
 
 LINEAR = torch.ops.modelathe.quantized_linear.default
 EMBEDDING = torch.ops.modelathe.quantized_embedding.default
+SPARSE = torch.ops.modelathe.sparse_linear.default
 assert _ops
 
 
@@ -92,6 +95,20 @@ def _embedding(
     return e.reshape(grouped, narrow, shape)
 
 
+def _sparse(e: Emitter, node: fx.Node, *_: Any) -> Any:
+    """Refuse a product with single entries.
+
+    Raises:
+        LoweringError: always.
+    """
+    call = SparseLinear.match(node)
+    assert call is not None
+    raise LoweringError(
+        f"%{node.name}: ONNX Runtime has no product with the single entries @{call.values.target}",
+        remedy="keep whole columns, outlier-kind=structured; or write --to program",
+    )
+
+
 def _cut(e: Emitter, value: ir.Value, width: int) -> ir.Value:
     ints = e.builder.ints
     return e.op("Slice", value, ints(0), ints(width), ints(-1))
@@ -146,4 +163,4 @@ def _zeros(e: Emitter, zeros: fx.Node, stored: Layout) -> ir.Value:
     return e.weights.derived(f"zeros {stored}", (str(zeros.target),), _UINT8, shape, stored.zeros)
 
 
-HANDLERS: dict[Any, Handler] = {LINEAR: _linear, EMBEDDING: _embedding}
+HANDLERS: dict[Any, Handler] = {LINEAR: _linear, EMBEDDING: _embedding, SPARSE: _sparse}

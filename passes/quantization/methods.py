@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ...ir import PassError, Weight
 from ...ir.quant import Clip, Grid, QuantizedTensor, QuantType, choose_grid
+from .outliers import Kind, Outliers, Solved, choose_outliers
 from .sequential import Moments
-from .sweeps import Columns, damped, error, gptq, quantease, refit
+from .sweeps import Columns, Decide, damped, error, gptq, quantease, refit
 
 Method = Literal["rtn", "gptq", "quantease", "gptq-quantease"]
 
@@ -30,6 +31,8 @@ class Recipe:
         relax: leave some of them unrounded.
         damping: share of the mean power that is added to every column's.
         refit: choose the scales again when the codes are known, and sweep once more.
+        outliers: share of the entries that are kept beside the codes; none: none.
+        outlier_kind: which ones.
     """
 
     method: Method
@@ -39,6 +42,8 @@ class Recipe:
     relax: bool = True
     damping: float = 0.0
     refit: bool = False
+    outliers: float | None = None
+    outlier_kind: Kind = "structured"
 
     @property
     def reads_text(self) -> bool:
@@ -55,6 +60,8 @@ class Recipe:
             parts.append(f"range by {self.clip}")
         if self.refit:
             parts.append("scales refitted")
+        if self.outliers is not None:
+            parts.append(f"{100 * self.outliers:g} % {self.outlier_kind} outliers")
         return ", ".join(parts)
 
 
@@ -98,8 +105,10 @@ _SWEEPS = 2  # of coordinate descent between two of them
 
 def solve_together(
     weights: Mapping[str, Weight], moments: Moments, types: Mapping[str, QuantType], recipe: Recipe
-) -> dict[str, QuantizedTensor]:
+) -> dict[str, Solved]:
     """Choose the codes of weights that read the same: rows do not meet, so they are stacked.
+
+    Outliers are a share of each weight, so with them each is solved on its own.
 
     Args:
         weights: by name.
@@ -109,23 +118,26 @@ def solve_together(
     """
     alike: dict[object, list[str]] = {}
     for name, weight in weights.items():
-        alike.setdefault((types[name], weight.dtype), []).append(name)
-    found: dict[str, QuantizedTensor] = {}
+        own = "" if recipe.outliers is None else name
+        alike.setdefault((types[name], weight.dtype, own), []).append(name)
+    found: dict[str, Solved] = {}
     for names in alike.values():
+        if recipe.outliers is not None:
+            (name,) = names
+            found[name] = solve(name, weights[name].load(), moments, types[name], recipe)
+            continue
         rows = torch.cat([weights[name].load() for name in names])
-        whole = solve(names[0], rows, moments, types[names[0]], recipe)
+        whole = solve(names[0], rows, moments, types[names[0]], recipe).codes
         start = 0
         for name in names:
             stop = start + weights[name].shape[0]
-            found[name] = whole.rows(slice(start, stop))
+            found[name] = Solved(whole.rows(slice(start, stop)))
             start = stop
     return found
 
 
-def solve(
-    name: str, weight: Tensor, moments: Moments, qtype: QuantType, recipe: Recipe
-) -> QuantizedTensor:
-    """Choose the codes of a weight.
+def solve(name: str, weight: Tensor, moments: Moments, qtype: QuantType, recipe: Recipe) -> Solved:
+    """Choose the codes of a weight, and its outliers.
 
     Args:
         name: of the weight, for messages.
@@ -139,42 +151,74 @@ def solve(
     """
     wide = weight.to(moments.matrix.device, torch.float32)
     power = moments.matrix.diagonal()
+    kept = choose_outliers(wide, power, recipe.outliers, recipe.outlier_kind)
+    covered = weight.to(wide.device).masked_fill(kept, 0)  # zero is in every range
     try:
-        grid = choose_grid(weight.to(wide.device), qtype, recipe.clip, power)
+        grid = choose_grid(covered, qtype, recipe.clip, power)
     except ValueError as problem:
         raise PassError(f"@{name}: {problem}", remedy="mend or replace the weight") from problem
     order = torch.argsort(power, descending=True) if recipe.act_order else torch.arange(len(power))
-    natural, plain = moments.matrix, wide.T
+    natural, plain, free = moments.matrix, wide.T, kept.T[order].contiguous()
     matrix = damped(natural, recipe.damping)
     if recipe.act_order:
         matrix = matrix[order][:, order]
     columns = Columns.of(grid, order.to(wide.device), torch.float32)
+    decide = _keeping(free, columns.nearest)
     target = plain[order].contiguous()
     try:
-        found = _rounded(target, matrix, columns, recipe, weight.dtype)
+        found = _rounded(target, matrix, columns, decide, free, recipe, weight.dtype)
     except ValueError as problem:
         raise PassError(
             f"@{name}: {problem}",
             remedy="give more calibration text, or add to the moments: damping=0.1",
         ) from problem
-    levels = columns.levels(found)
+    beside, levels = _parted(found, free, columns, weight.dtype)
+    found = torch.where(free, beside, found)
     back = torch.argsort(order)
     for turn in range(_REFITS if recipe.refit else 0):
         if turn:
-            found = quantease(target, matrix, found, columns.nearest, _SWEEPS, relax=False)
-            levels = columns.levels(found)
-        scales = refit(plain, levels[back], columns.scales, natural, sweeps=3)
+            found = quantease(target, matrix, found, decide, _SWEEPS, relax=False)
+            beside, levels = _parted(found, free, columns, weight.dtype)
+        rest = plain - beside[back]
+        scales = refit(rest, levels[back], columns.scales, natural, sweeps=3)
         columns.scales = scales.to(weight.dtype).float()
-        found = levels * columns.wide()
+        found = levels * columns.wide() + beside
     result = columns.grid(weight.dtype)
     stored = QuantizedTensor.from_codes(_codes(levels[back], result), result)
-    values = stored.dequantize(torch.float32)
-    if not values.T[order].equal(found):
-        raise PassError(f"@{name}: the stored codes do not stand for the numbers computed")
-    return stored
+    outliers = Outliers.of(beside[back].T.to(weight.dtype), kept, recipe.outlier_kind)
+    solved = Solved(stored, outliers)
+    if not solved.dequantize(torch.float32).T[order].equal(found):
+        raise PassError(f"@{name}: what is stored does not stand for the numbers computed")
+    return solved
 
 
-def share_lost(weight: Tensor, stored: QuantizedTensor, moments: Moments) -> float:
+def _keeping(free: Tensor, nearest: Decide) -> Decide:
+    """Return a rule that rounds a column but for those entries that are kept as they are.
+
+    Args:
+        free: bool [in, out], the entries that are kept, columns as they are visited.
+        nearest: rounds a column.
+    """
+    some = free.any(1).tolist()
+
+    def decide(j: int, u: Tensor) -> Tensor:
+        return torch.where(free[j], u, nearest(j, u)) if some[j] else nearest(j, u)
+
+    return decide
+
+
+def _parted(
+    found: Tensor, free: Tensor, columns: Columns, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return what is kept beside the codes, as it will be stored, and whole numbers for the rest.
+
+    Both are [in, out], and zero where the other is not.
+    """
+    beside = found.masked_fill(~free, 0).to(dtype).float()
+    return beside, columns.levels(found.masked_fill(free, 0))
+
+
+def share_lost(weight: Tensor, stored: Solved, moments: Moments) -> float:
     """Return the share of the mean square of a weight's results that storing it costs.
 
     Args:
@@ -189,21 +233,30 @@ def share_lost(weight: Tensor, stored: QuantizedTensor, moments: Moments) -> flo
 
 
 def _rounded(
-    target: Tensor, matrix: Tensor, columns: Columns, recipe: Recipe, dtype: torch.dtype
+    target: Tensor,
+    matrix: Tensor,
+    columns: Columns,
+    decide: Decide,
+    free: Tensor,
+    recipe: Recipe,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Return the values of a weight on its grid, columns in the order in which they are visited."""
     found = target
     if recipe.method == "rtn":
-        return torch.stack([columns.nearest(j, column) for j, column in enumerate(target)])
+        return torch.stack([decide(j, column) for j, column in enumerate(target)])
     if recipe.method.startswith("gptq"):
         size = len(target) // len(columns.scales)
         # as published: a group's grid covers its columns as they are when they are reached
         moving = len(columns.scales) > 1 and not recipe.act_order and recipe.clip == "none"
-        begin = (lambda j, run: columns.cover(j // size, run, dtype)) if moving else None
-        found = gptq(target, matrix, columns.nearest, size if moving else 1, begin)
+
+        def cover(j: int, run: Tensor) -> None:
+            columns.cover(j // size, run.masked_fill(free[j : j + size], 0), dtype)
+
+        found = gptq(target, matrix, decide, size if moving else 1, cover if moving else None)
     if recipe.method.endswith("quantease"):
         turns = recipe.iterations
-        found = quantease(target, matrix, found, columns.nearest, turns, recipe.relax)
+        found = quantease(target, matrix, found, decide, turns, recipe.relax)
     return found
 
 

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from ...ir import PassError, Program, Weight, call_name, mark, marks_of, path_of
-from ...ir.quant import QuantizedTensor, QuantType
+from ...ir.quant import QuantType
 from ..base import Fidelity, Pass, PassResult, Remark
 from ..compare import check_same_values, rewritten_calls
 from ..context import PassContext, reads_tokens
 from ..select import check_globs, check_matches, chosen
 from .methods import Method, Recipe, recipe_for, share_lost, solve_together
+from .outliers import (
+    KINDS,
+    Kind,
+    Outliers,
+    Solved,
+    check_outliers,
+    without_outliers,
+)
 from .readers import Shared, find_shared, made_weights, quantized_paths, seen_paths, width_choice
-from .rewrite import is_quantized, put_stored, quantized_call, weight_of
+from .rewrite import is_quantized, put_beside, put_stored, quantized_call, weight_of
 from .sequential import Moments, in_sequence
 from .store import Dequantized, Stored, check_kept, check_rounded, quality, store, store_rounded
 
@@ -24,7 +32,7 @@ METHOD = "method"
 
 _BITS = 4  # where neither an option nor an earlier pass says how many
 _USELESS = {
-    "rtn": ("act_order", "iterations", "relax", "damping", "refit"),
+    "rtn": ("act_order", "iterations", "relax", "damping", "refit", "outliers", "outlier_kind"),
     "gptq": ("iterations", "relax"),
 }
 
@@ -51,6 +59,12 @@ class QuantizeWeights(Pass):
       groups, that of the corrected columns), 1 % damping for gptq, relaxed sweeps for quantease.
     - ``method="auto"`` is rtn without calibration text.  With it: gptq-quantease on a grid clipped
       by activations, columns by falling power, scales refitted to the codes between the sweeps.
+    - ``outliers=0.01`` keeps that share of a linear's weight as it is, beside the codes:
+      ``W' = V + H``, H sparse.  Structured: the columns with the largest ``|W_j|**2 S_jj``, which
+      are ``index_select`` and a thin linear [out, count].  Unstructured: the largest entries, one
+      ``sparse_linear``, which runs here but which not every backend has.  Where H is, V is zero,
+      the grid does not cover W, and the sweeps do not round: the error is minimised over V and H.
+      A weight that an embedding reads has none: its rows would lack them.
     - A weight is rounded once, from the value that the program has for it.  One that is read in
       several places stays one tensor, and its moments are summed.  One that an embedding shares
       with a linear is ruled by ``head_bits``, and so is a linear outside the blocks that makes the
@@ -62,7 +76,8 @@ class QuantizeWeights(Pass):
     error, and so are a glob that matches nothing and text on which a value is not finite.
 
     Source: GPTQ, arXiv 2210.17323; QuantEase, arXiv 2309.01885, with the min/max grid and the range
-    search of its method/quant.py (the squared error in place of the power 2.4).
+    search of its method/quant.py (the squared error in place of the power 2.4); its outlier-aware
+    variant is a reconstruction that solves for H exactly, where it takes gradient steps.
 
     Attributes:
         bits: width of a code; none: what an earlier pass chose for the linear, else 4.
@@ -75,6 +90,9 @@ class QuantizeWeights(Pass):
         relax: leave every third sweep unrounded; none: as the method says.
         damping: share of the mean power that is added to every column's; none: as the method says.
         refit: choose the scales again when the codes are known; none: as the method says.
+        outliers: share of the entries, or columns, that are kept as they are; none: none.
+        outlier_kind: structured (whole columns, runs everywhere) or unstructured (single entries,
+            a smaller error); none: structured.
         head_bits: width for the head and for a weight that an embedding shares with a linear;
             ``bits``: as the others; none: not quantised.
         embedding_bits: width for embeddings of their own; none: not quantised.
@@ -95,6 +113,8 @@ class QuantizeWeights(Pass):
     relax: bool | None = None
     damping: float | None = None
     refit: bool | None = None
+    outliers: float | None = None
+    outlier_kind: Kind | None = None
     head_bits: Literal["bits", 2, 3, 4, 8] | None = "bits"
     embedding_bits: Bits | None = None
     only: tuple[str, ...] = ()
@@ -115,8 +135,17 @@ class QuantizeWeights(Pass):
                 raise ValueError(f"{option} does nothing with method={self.method}")
         if self.method == "rtn" and self.clip == "activation":
             raise ValueError("clip=activation needs text, which method=rtn does not read")
+        self._check_outliers()
         check_globs("only", self.only)
         check_globs("ignore", self.ignore)
+
+    def _check_outliers(self) -> None:
+        if self.outliers is not None and not 0 < self.outliers < 1:
+            raise ValueError(f"outliers is more than 0 and less than 1, got {self.outliers}")
+        if self.outlier_kind not in (None, *KINDS):
+            raise ValueError(f"outlier_kind is {' or '.join(KINDS)}, got {self.outlier_kind!r}")
+        if self.outlier_kind is not None and self.outliers is None:
+            raise ValueError("outlier_kind does nothing without outliers")
 
     @property
     def usual_bits(self) -> int:
@@ -126,7 +155,10 @@ class QuantizeWeights(Pass):
     @property
     def settings(self) -> dict[str, Any]:
         """The settings of the method that were chosen and not left to it."""
-        names = ("act_order", "iterations", "relax", "damping", "refit")
+        names = (
+            *("act_order", "iterations", "relax", "damping", "refit"),
+            *("outliers", "outlier_kind"),
+        )
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return given if self.clip == "auto" else {**given, "clip": self.clip}
 
@@ -230,7 +262,7 @@ class QuantizeWeights(Pass):
         clip = "none" if recipe.clip == "activation" else recipe.clip
         stored = store_rounded(shared.name, weight, qtype, clip)
         put_stored(program, shared, stored)
-        return _remark(shared, weight, stored.load())
+        return _remark(shared, weight, Solved(stored.load()))
 
     def _calibrate(
         self,
@@ -242,14 +274,14 @@ class QuantizeWeights(Pass):
     ) -> list[Remark]:
         """Quantise weights one after the other, on what the text makes them read."""
         remarks: list[Remark] = []
-        done: list[tuple[Shared, Stored]] = []
+        done: list[tuple[Shared, Stored, Outliers | None]] = []
 
         def quantize(together: list[Shared], moments: Moments) -> list[Weight]:
             weights = {shared.name: program.weight(shared.name) for shared in together}
-            stored = solve_together(weights, moments, plan, recipe)
+            stored = _solve(together, weights, moments, plan, recipe)
             for shared in together:
                 weight, tensor = weights[shared.name], stored[shared.name]
-                done.append((shared, store(tensor)))
+                done.append((shared, store(tensor.codes), tensor.outliers))
                 share = share_lost(weight.load(), tensor, moments)
                 text = f", {100 * share:.2g} % of its results' mean square lost"
                 remarks.append(_remark(shared, weight, tensor, text))
@@ -259,9 +291,14 @@ class QuantizeWeights(Pass):
             return [Dequantized(weights[s.name], stored[s.name]) for s in together]
 
         in_sequence(program, wanted, context, quantize)
-        for shared, stored in done:
-            for call in put_stored(program, shared, stored):
+        for shared, stored, outliers in done:
+            calls = put_stored(program, shared, stored)
+            for call in calls:
                 mark(call, METHOD, recipe.method)
+            if outliers is not None:
+                put_beside(program, shared, outliers, calls)
+            elif recipe.outliers is not None:
+                remarks.append(Remark("missed", f"@{shared.name}", _no_outliers(shared, recipe)))
         return remarks
 
     def ensures(self, before: Program, after: Program) -> None:
@@ -273,22 +310,53 @@ class QuantizeWeights(Pass):
         check_same_values(before, after)
         stored_as: dict[str, Any] = {}
         for name, graph in before.graphs.items():
-            for old, new in rewritten_calls(graph, after.graphs[name], is_quantized):
+            plain, sums = without_outliers(after.graphs[name], before.weights)
+            for old, new in rewritten_calls(graph, plain, is_quantized):
                 source, call = weight_of(old), quantized_call(new)
-                parts = (call.codes.target, call.scales.target, call.zeros and call.zeros.target)
+                beside = sums.get(new)
+                nodes = (call.codes, call.scales, call.zeros, beside and beside.values)
+                parts = tuple(node and node.target for node in nodes)
                 if source not in stored_as:
                     stored_as[source] = parts
                     stored, weight = Stored.of(after, call).load(), before.weight(source).load()
+                    outliers = None if beside is None else Outliers.read(after, beside)
+                    if outliers is not None:
+                        check_outliers(source, stored, outliers)
                     if METHOD in marks_of(new):
-                        check_kept(source, weight, stored)
+                        check_kept(source, weight, stored, outliers)
                     else:
                         check_rounded(source, weight, stored, self.clip in ("auto", "none"))
                 elif stored_as[source] != parts:
                     raise PassError(f"%{new.name}: @{source} was shared, and is stored twice now")
 
 
-def _remark(shared: Shared, weight: Weight, stored: QuantizedTensor, more: str = "") -> Remark:
-    noise = quality(weight.load(), stored)
+def _solve(
+    together: list[Shared],
+    weights: dict[str, Weight],
+    moments: Moments,
+    plan: dict[str, QuantType],
+    recipe: Recipe,
+) -> dict[str, Solved]:
+    """Return what is stored for weights that read the same; outliers only beside linears."""
+    found: dict[str, Solved] = {}
+    for looked_up in (False, True):
+        own = {s.name: weights[s.name] for s in together if s.embedding is looked_up}
+        how = replace(recipe, outliers=None) if looked_up else recipe
+        found |= solve_together(own, moments, plan, how)
+    return found
+
+
+def _no_outliers(shared: Shared, recipe: Recipe) -> str:
+    if shared.embedding:
+        return "without outliers: an embedding reads its rows"
+    return f"without outliers: {100 * (recipe.outliers or 0):g} % of it, used, is none"
+
+
+def _remark(shared: Shared, weight: Weight, stored: Solved, more: str = "") -> Remark:
+    noise = quality(weight.load(), stored.codes, stored.outliers)
     size = f"{weight.bytes} -> {stored.nbytes} bytes"
-    text = f"{stored.qtype}, {noise:.1f} dB signal to error{more}, {size}"
+    if stored.outliers is not None:
+        beside = f"{stored.outliers.nbytes} for {stored.outliers.count}"
+        size = f"{size} with {beside}"
+    text = f"{stored.codes.qtype}, {noise:.1f} dB signal to error{more}, {size}"
     return Remark("applied", f"@{shared.name}", text)

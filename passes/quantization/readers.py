@@ -19,6 +19,7 @@ from ...ir import (
     marks_of,
     path_of,
 )
+from ...ir.sparse import is_beside
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,8 @@ def _shared(
     uses: list[tuple[fx.Graph, fx.Node, fx.Node]],
     heads: set[fx.Node],
 ) -> Shared | None:
+    if any(is_beside(user) for _, _, user in uses):
+        return None  # outliers: what codes could not hold
     calls = [(graph, user, _as_weight(node, user)) for graph, node, user in uses]
     others = [user for _, user, call in calls if call is None]
     linear = any(isinstance(call, Linear) for _, _, call in calls)

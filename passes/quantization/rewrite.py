@@ -16,8 +16,9 @@ from ...ir import (
     insert_call,
 )
 from ..compare import Same
+from .outliers import Outliers
 from .readers import Shared
-from .store import Stored
+from .store import Stored, held
 
 
 def put_stored(program: Program, shared: Shared, stored: Stored) -> list[fx.Node]:
@@ -55,6 +56,40 @@ def _rewrite(
     node.replace_all_uses_with(new)
     graph.erase_node(node)
     return new
+
+
+def put_beside(program: Program, shared: Shared, outliers: Outliers, calls: list[fx.Node]) -> None:
+    """Add the products with a weight's outliers to its quantised calls."""
+    parts = {"outliers": outliers.values, "outlier_indices": outliers.indices}
+    names = [
+        program.add_weight(f"{shared.name}.{part}", held(value)) for part, value in parts.items()
+    ]
+    for (graph, _), call in zip(shared.readers, calls, strict=True):
+        _add(program, graph, call, names, outliers)
+
+
+def _add(
+    program: Program, graph: fx.Graph, node: fx.Node, names: list[str], outliers: Outliers
+) -> None:
+    call = QuantizedLinear.match(node)
+    assert call is not None
+    after = node.next
+    values, indices = (program.weight_node(graph, name, before=after) for name in names)
+    ops: Any = torch.ops
+    args: tuple[Any, ...]
+    if outliers.kind == "structured":
+        columns = insert_call(
+            graph, ops.aten.index_select.default, (call.input, -1, indices), before=after, like=node
+        )
+        target, args = ops.aten.linear.default, (columns, values)
+    else:
+        target = ops.modelathe.sparse_linear.default
+        args = (call.input, values, indices, int(node.meta["val"].shape[-1]))
+    beside = insert_call(graph, target, args, before=after, like=node)
+    users = list(node.users)
+    whole = insert_call(graph, ops.aten.add.Tensor, (node, beside), before=after, like=node)
+    for user in users:
+        user.replace_input_with(node, whole)
 
 
 def is_quantized(old: fx.Node, new: fx.Node, same: Same) -> bool:

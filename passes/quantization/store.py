@@ -19,6 +19,7 @@ from ...ir import (
     content_hash,
 )
 from ...ir.quant import Clip, QuantizedTensor, QuantType, encode, packed_width, quantize, wider
+from .outliers import Outliers, Solved
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +99,12 @@ def _part(whole: Weight, start: int, shape: tuple[int, int], dtype: torch.dtype)
 
 def store(tensor: QuantizedTensor) -> Stored:
     """Return a quantised weight that is computed already as weights of a program."""
-    zeros = None if tensor.zeros is None else _held(tensor.zeros)
-    return Stored(
-        tensor.qtype, tensor.in_features, _held(tensor.codes), _held(tensor.scales), zeros
-    )
+    zeros = None if tensor.zeros is None else held(tensor.zeros)
+    return Stored(tensor.qtype, tensor.in_features, held(tensor.codes), held(tensor.scales), zeros)
 
 
-def _held(value: Tensor) -> Weight:
+def held(value: Tensor) -> Weight:
+    """Return a weight of a tensor that is computed already; its content is its fingerprint."""
     value = value.cpu().contiguous()
     return SCRATCH.keep(f"tensor:{content_hash(value)}", value)
 
@@ -114,12 +114,12 @@ class Dequantized(Weight):
 
     Args:
         weight: the one that it takes the place of.
-        tensor: its codes.
+        tensor: its codes, and its outliers.
     """
 
-    def __init__(self, weight: Weight, tensor: QuantizedTensor) -> None:
+    def __init__(self, weight: Weight, tensor: Solved) -> None:
         self.shape, self.dtype, self._tensor = weight.shape, weight.dtype, tensor
-        self._fingerprint = f"dequantized:{weight.fingerprint}:{tensor.qtype}"
+        self._fingerprint = f"dequantized:{weight.fingerprint}:{tensor.codes.qtype}"
 
     @property
     def fingerprint(self) -> str:
@@ -129,7 +129,9 @@ class Dequantized(Weight):
         return self._tensor.dequantize(dtype or self.dtype)
 
 
-def check_kept(name: str, weight: Tensor, stored: QuantizedTensor) -> None:
+def check_kept(
+    name: str, weight: Tensor, stored: QuantizedTensor, outliers: Outliers | None = None
+) -> None:
     """Check that codes which text has chosen still stand for something like the weight.
 
     They need not be the nearest.  But a weight that differs from its original by more than its
@@ -138,19 +140,28 @@ def check_kept(name: str, weight: Tensor, stored: QuantizedTensor) -> None:
     Raises:
         PassError: it does.
     """
-    if (noise := quality(weight, stored)) <= 0:
+    if (noise := quality(weight, stored, outliers)) <= 0:
         raise PassError(
             f"@{name}: the stored weight is not the weight ({noise:.1f} dB signal to error)"
         )
 
 
-def quality(weight: Tensor, stored: QuantizedTensor) -> float:
-    """Return signal over error, ``sum w**2 / sum (w - w')**2``, in dB; inf where they are equal."""
+def quality(weight: Tensor, stored: QuantizedTensor, outliers: Outliers | None = None) -> float:
+    """Return signal over error, ``sum w**2 / sum (w - w')**2``, in dB; inf where they are equal.
+
+    Args:
+        weight: w, [out, in].
+        stored: w', but for its outliers.
+        outliers: added to it.
+    """
     signal = error = 0.0
     for rows, tile in stored.tiles():
         given = weight[rows].to(wider(weight.dtype))
         signal += given.square().sum().item()
-        error += (tile.dequantize(given.dtype) - given).square().sum().item()
+        restored = tile.dequantize(given.dtype)
+        if outliers is not None:
+            outliers.add_to(restored, rows)
+        error += (restored - given).square().sum().item()
     return 10 * math.log10(signal / error) if signal and error else math.inf
 
 

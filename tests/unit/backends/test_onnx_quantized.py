@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from modelathe.backends.onnx.pack import Layout, layout
-from modelathe.ir import Program, capture
+from modelathe.ir import LoweringError, Program, capture
 from modelathe.ir.quant import QuantizedTensor, QuantType, quantize
 from modelathe.passes import PassContext, QuantizeWeights
+from modelathe.passes.data import TokenWindows
+from modelathe.passes.outputs import graph_inputs, runner
 from support.models import canonical
 from support.numeric import relative_error
 from support.onnx_models import emitted, opened, operators, ran
@@ -166,3 +168,27 @@ def test_a_tied_model_stores_the_pair_once(head_bits: int) -> None:
     shapes = [tuple(v.shape) for v in model.graph.initializers.values() if v.dtype.itemsize == 1]
     codes = [shape for shape in shapes if shape[:1] == (48,) and shape[-1] > 4]
     assert codes == [(48, 32 * max(head_bits, 4) // 8)]  # 3 bits are stored as 4
+
+
+def test_structured_outliers_are_a_gather_and_a_thin_product() -> None:
+    windows = TokenWindows.of(torch.arange(24).view(2, 12), "test")
+    made = QuantizeWeights(bits=3, group_size=-1, outliers=0.1, only=("h.0",), iterations=2)
+    program = made(canonical("gpt2"), PassContext(calibration=windows)).program
+    inputs = graph_inputs(program, "main", windows.tokens, runner(program))
+    model = emitted(program)
+    expected, found = program.run(inputs), ran(opened(model), inputs)
+    for name, value in expected.items():
+        assert relative_error(value, found[name]) < 1e-5, name
+    stored = {str(name): value.shape for name, value in model.graph.initializers.items()}
+    assert sum(name.endswith("outlier_indices") for name in stored) == 4
+
+
+def test_unstructured_outliers_are_refused_with_the_remedy() -> None:
+    windows = TokenWindows.of(torch.arange(24).view(2, 12), "test")
+    made = QuantizeWeights(
+        bits=3, group_size=-1, outliers=0.1, outlier_kind="unstructured", only=("h.0.attn",)
+    )
+    program = made(canonical("gpt2"), PassContext(calibration=windows)).program
+    with pytest.raises(LoweringError, match=r"single entries @.*outliers") as refused:
+        emitted(program)
+    assert "outlier-kind=structured" in refused.value.remedy

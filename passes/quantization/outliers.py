@@ -1,0 +1,170 @@
+"""Entries of a weight that are kept as they are, beside the codes of all others.
+
+``W ~ V + H``: V on a grid, and zero where H is not; H of few entries.  The entries of H are chosen
+once, and are not among those that the grid has to cover.  In the sweeps they are columns' entries
+like all others, but for not being rounded: each takes its least-squares value given all others, so
+that a sweep of rounded columns after another never raises the error.
+
+That is the problem of QuantEase's outlier-aware variant (arXiv 2309.01885, section 4: structured
+outliers are whole columns, unstructured ones single entries).  There H takes gradient steps cut
+back to its largest entries, from the largest of W on; this is a reconstruction that solves for H
+exactly, column by column, and leaves it where it was.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Container
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, fx
+
+from ...ir import PassError, Program
+from ...ir.quant import QuantizedTensor
+from ...ir.sparse import OutlierSum, add_entries, outlier_sums
+
+Kind = Literal["structured", "unstructured"]
+KINDS: tuple[Kind, ...] = ("structured", "unstructured")
+
+
+def choose_outliers(weight: Tensor, power: Tensor, share: float | None, kind: Kind) -> Tensor:
+    """Return which entries of a weight are kept: bool [out, in].
+
+    Unstructured: the largest.  Structured: those columns whose products with what they read are
+    the largest, by ``|W_j|**2 S_jj``.  A column that reads nothing but zeros is never kept.
+
+    Args:
+        weight: [out, in].
+        power: [in], the mean square of what each column is multiplied with.
+        share: of the entries, or of the columns, rounded to a whole number; none: none.
+        kind: structured (whole columns) or unstructured.
+    """
+    chosen = torch.zeros_like(weight, dtype=torch.bool)
+    if share is None:
+        return chosen
+    if kind == "structured":
+        columns = (weight.square().sum(0) * power).topk(round(share * len(power))).indices
+        chosen[:, columns] = True
+    else:
+        chosen.view(-1)[weight.abs().flatten().topk(round(share * weight.numel())).indices] = True
+    return chosen & (power > 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Outliers:
+    """What is kept of a weight ``[out, in]`` beside its codes.
+
+    Attributes:
+        kind: structured or unstructured.
+        values: structured: whole columns, [out, count]; unstructured: entries, [count].
+        indices: int32 [count], ascending: of columns, or ``row * in + column`` of entries (int64
+            where those do not fit).
+    """
+
+    kind: Kind
+    values: Tensor
+    indices: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, kept: Tensor, kind: Kind) -> Outliers | None:
+        """Return the entries of ``weight [out, in]`` where ``kept`` is true; none: None."""
+        if kind == "structured":
+            indices = kept.any(0).nonzero().view(-1)
+            values = weight[:, indices]
+        else:
+            indices = kept.flatten().nonzero().view(-1)
+            values = weight.flatten()[indices]
+        fits = kind == "structured" or weight.numel() <= torch.iinfo(torch.int32).max
+        narrow = indices.to(torch.int32 if fits else torch.int64)
+        return cls(kind, values.contiguous(), narrow) if len(indices) else None
+
+    @classmethod
+    def read(cls, program: Program, call: OutlierSum) -> Outliers:
+        """Return what a call of the program reads."""
+        values, indices = program.weight(call.values).load(), program.weight(call.indices).load()
+        return cls("structured" if call.structured else "unstructured", values, indices)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored, indices included."""
+        return self.values.nbytes + self.indices.nbytes
+
+    @property
+    def count(self) -> str:
+        """How many, in words."""
+        return f"{len(self.indices)} {'columns' if self.kind == 'structured' else 'entries'}"
+
+    def add_to(self, part: Tensor, rows: slice) -> None:
+        """Add the entries of some rows of the weight to ``part [rows, in]``, in place."""
+        if self.kind == "structured":
+            part[:, self.indices] += self.values[rows].to(part.dtype)
+        else:
+            add_entries(part, rows, self.values, self.indices)
+
+
+@dataclass(frozen=True, slots=True)
+class Solved:
+    """A weight as it is stored: codes, and what is kept beside them.
+
+    Attributes:
+        codes: zero where outliers are.
+        outliers: added to what the codes stand for; None: none.
+    """
+
+    codes: QuantizedTensor
+    outliers: Outliers | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored."""
+        return self.codes.nbytes + (0 if self.outliers is None else self.outliers.nbytes)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight ``[out, in]`` in ``dtype`` (default: that of the scales)."""
+        weight = self.codes.dequantize(dtype)
+        if self.outliers is not None:
+            self.outliers.add_to(weight, slice(0, weight.shape[0]))
+        return weight
+
+
+def without_outliers(
+    graph: fx.Graph, known: Container[str]
+) -> tuple[fx.Graph, dict[fx.Node, OutlierSum]]:
+    """Return a copy of a graph without the products with outliers, and those products.
+
+    Args:
+        graph: is not changed.
+        known: names of weights; products with these stay.
+
+    Returns:
+        The copy, and for the node of each quantised linear in it the sum that it was part of.
+    """
+    plain = copy.deepcopy(graph)
+    found = {}
+    for one in outlier_sums(plain):
+        if str(one.values.target) not in known:
+            one.node.replace_all_uses_with(one.product.node)
+            found[one.product.node] = one
+    return plain, found
+
+
+def check_outliers(name: str, stored: QuantizedTensor, outliers: Outliers) -> None:
+    """Check that outliers lie where the codes stand for zero, each once.
+
+    Raises:
+        PassError: they do not.
+    """
+    indices = outliers.indices
+    places = stored.shape[1] * (1 if outliers.kind == "structured" else stored.shape[0])
+    inside = not len(indices) or (int(indices[0]) >= 0 and int(indices[-1]) < places)
+    if not inside or not bool((indices.diff() > 0).all()):
+        raise PassError(f"@{name}: the places of its outliers are not ascending or not inside")
+    ones = replace(outliers, values=torch.ones_like(outliers.values))
+    for rows, tile in stored.tiles():
+        numbers = tile.dequantize()
+        chosen = torch.zeros_like(numbers)
+        ones.add_to(chosen, rows)
+        if bool((numbers * chosen).any()):
+            raise PassError(f"@{name}: codes do not stand for zero where its outliers are")
