@@ -1,5 +1,6 @@
 """What a program is: capture, run, print, verify, save."""
 
+from . import activations as _activations  # noqa: F401  (registers torch.ops.modelathe)
 from . import cache as _cache  # noqa: F401  (registers torch.ops.modelathe)
 from . import ops as _ops  # noqa: F401  (registers torch.ops.modelathe)
 from . import sparse as _sparse  # noqa: F401  (registers torch.ops.modelathe)
