@@ -25,7 +25,13 @@ from .norms import (
 from .pipeline import Pipeline, PipelineResult, Step
 from .precision import ConvertDtype
 from .progress import Progress, SilentProgress
-from .quantization import AssignBits, Equalize, QuantizeWeights, SearchBits
+from .quantization import (
+    AssignBits,
+    Equalize,
+    QuantizeActivations,
+    QuantizeWeights,
+    SearchBits,
+)
 from .spec import parse, to_spec, with_installed
 from .training import Heal
 from .tying import TieBlocks
@@ -44,6 +50,7 @@ ALL_PASSES: tuple[type[Pass], ...] = (
     AssignBits,
     SearchBits,
     QuantizeWeights,
+    QuantizeActivations,
     SmoothKeys,
     QuantizeCache,
     ConvertDtype,
@@ -83,6 +90,7 @@ __all__ = [
     "PipelineResult",
     "Progress",
     "PruneBlocks",
+    "QuantizeActivations",
     "QuantizeCache",
     "QuantizeWeights",
     "Remark",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from modelathe.ir import Program, capture
-from modelathe.passes import Canonicalize, PassContext, TokenWindows
+from modelathe.passes import Canonicalize, PassContext, QuantizeWeights, TokenWindows
 from support.batch_norms import ConvNorms, RepTokens, pixels
 from support.caches import CachedAttention, as_decoder, dynamic, example
 from support.streams import BareNorms, FusedAttention
@@ -195,6 +195,11 @@ class TokenNorm(nn.Module):
         return result
 
 
+def eight_bit(program: Program) -> Program:
+    """Return the program with weights as products of integers need them."""
+    return QuantizeWeights(bits=8, group_size=-1, method="rtn")(program).program
+
+
 @dataclass(frozen=True)
 class Transformer:
     """Builds a transformers model from a tiny configuration."""
@@ -285,6 +290,8 @@ MODELS: dict[str, Case] = {
     "hand-written": Case(HandWritten, (torch.ones(2, 3, 8),)),
     "tied-head": Case(TiedHead, _IDS, _ID_SIZES),
     "tied-blocks": Case(TiedBlocks, _IDS, _ID_SIZES),
+    # two linears on one value, their weights in 8 bits
+    "eight-bit": Case(NormLinears, _X, finish=eight_bit),
     "token-norm": Case(TokenNorm, _IDS, _ID_SIZES),
     "bare-norms": Case(BareNorms, _IDS, _ID_SIZES, "logits"),
     "fused-attention": Case(FusedAttention, (torch.ones(2, 3, 8),)),
