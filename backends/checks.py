@@ -43,7 +43,8 @@ def check_lowering(
 
     Decoders are compared at five (batch, sequence, past) shapes, on a left-padded batch, and over
     16 steps of greedy decoding, where a token may differ only if the reference's two best are
-    closer than the tolerance.
+    closer than the tolerance.  Codes that the artifact chose, of activations or of a cache, are
+    judged one by one, and taken.
 
     Returns:
         the largest relative error, the tolerance, and what was compared.
@@ -57,7 +58,7 @@ def check_lowering(
     with progress.task("checking the artifact", total=len(shapes) + 1) as advance:
         for graph, title, inputs, keep in shapes:
             made = session.run(_arrays(session, graph, inputs), graph)
-            expected, found = oracle.run(inputs, graph, made)
+            expected, found = oracle.run(inputs, graph, made, session.codes)
             for name, value in expected.items():
                 error = _error(value, found, name, keep)
                 if not error <= limit:
@@ -125,7 +126,7 @@ def _error(expected: Tensor, found: Mapping[str, Tensor], name: str, keep: Tenso
         return float("inf")
     value = found[name]
     if keep is not None and value.shape == expected.shape:
-        if expected.dim() == 3:
+        if expected.shape[:-1] == keep.shape:
             expected, value = expected[keep], value[keep]
         elif expected.dim() == 4:  # a cache entry: [batch, heads, tokens, width]
             expected, value = expected.transpose(1, 2)[keep], value.transpose(1, 2)[keep]
@@ -150,7 +151,7 @@ def _check_decoding(program: Program, oracle: Oracle, session: Session, limit: f
         logits, cache = session.decode(given.numpy(), mask, cache)
         inputs = feeds(program, tokens, past, length)
         state = session.state_arrays(cache)
-        expected, _ = oracle.run(inputs, "main", state)
+        expected, _ = oracle.run(inputs, "main", state, session.codes)
         reference = expected["logits"][0, -1]
         found = torch.from_numpy(logits[0, -1].copy())
         _check_choice(reference, found, limit, step)

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from ..ir import Program, Signature
 from ..ir.cache import dequantize_cache, quantize_cache, reads_codes
 from .session import Array
+from .taken_codes import TakenCodes
 
 Outputs = dict[str, Tensor]
 _GIVEN, _NEWEST = "given.", "newest."
@@ -32,26 +33,36 @@ class Oracle:
         self._reading = _reading_given_codes(program, self._bits)
 
     def run(
-        self, inputs: Mapping[str, Tensor], graph: str, found: Mapping[str, Array]
+        self,
+        inputs: Mapping[str, Tensor],
+        graph: str,
+        found: Mapping[str, Array],
+        codes: Mapping[str, Array],
     ) -> tuple[Outputs, Outputs]:
         """Return what the outputs should be, and what the artifact's outputs amount to.
+
+        Rounded activations are among both.
 
         Args:
             inputs: of the graph.
             graph: which one.
             found: the artifact's outputs; without a cache of codes they are returned as they are.
+            codes: of the artifact's activations, as ``Session.codes`` has them.
         """
         tensors = _tensors(found)
+        program = self._reading or self.program
+        taken = TakenCodes(program.graphs[graph], codes)
         if self._reading is None:
-            return self.program.run(inputs, graph, dtype=torch.float32), tensors
+            expected = self.program.run(inputs, graph, dtype=torch.float32, amend=taken)
+            return expected | taken.expected, tensors | taken.found
         names = self._reading.signatures[graph].inputs
         given = {n: tensors[n.removeprefix(_GIVEN)] for n in names if n.startswith(_GIVEN)}
-        expected = self._reading.run({**inputs, **given}, graph, dtype=torch.float32)
+        expected = program.run({**inputs, **given}, graph, dtype=torch.float32, amend=taken)
         for name in [n.removeprefix(_NEWEST) for n in expected if n.startswith(_NEWEST)]:
             newest = expected.pop(f"{_NEWEST}{name}")
             expected |= _expected(name, newest, self._bits[name], inputs)
             tensors |= _amount(name, newest, self._bits[name], tensors)
-        return expected, tensors
+        return expected | taken.expected, tensors | taken.found
 
     def present(self, expected: Outputs, found: Mapping[str, Array]) -> Outputs:
         """Return the cache that the next step reads: the program's own, or the artifact's codes."""

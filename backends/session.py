@@ -134,6 +134,8 @@ class Session(ABC):
         config: the model's configuration, as the artifact has it.
         graphs: what each graph takes and gives.
         settings: the runtime's name, version and settings, for reports.
+        codes: what activations were rounded to in the last run, uint8, by the name of the call that
+            rounds; empty unless the session was opened to tell.
     """
 
     settings: dict[str, Any]
@@ -142,6 +144,7 @@ class Session(ABC):
         self.folder = folder
         self.manifest = manifest
         self.config = config
+        self.codes: Mapping[str, Array] = {}
         self.graphs = {
             name: GraphSpec.parse(signature) for name, signature in manifest["signatures"].items()
         }

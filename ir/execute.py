@@ -21,6 +21,7 @@ def run(
     dtype: torch.dtype | None = None,
     bypass: Mapping[fx.Node, fx.Node] | None = None,
     device: str = "cpu",
+    amend: Callable[[fx.Node, Any], Any] | None = None,
 ) -> dict[str, Tensor]:
     """Run a graph of ``program`` without gradients.
 
@@ -33,6 +34,7 @@ def run(
             computed weights then round to it, not to the dtype they are stored in.
         bypass: node to the node whose value its readers get instead.
         device: where to compute; weights go there one at a time, outputs come back.
+        amend: from each node and its value to the value that its readers get.
 
     Raises:
         DataError: an input is missing, or is not one of the signature's.
@@ -50,7 +52,7 @@ def run(
         return place.tensor(weight.load(dtype if weight.dtype.is_floating_point else None))
 
     with torch.no_grad():
-        values = interpret(program.graphs[graph], feed, load, observe, place, bypass)
+        values = interpret(program.graphs[graph], feed, load, observe, place, bypass, amend)
     return {name: value.cpu() for name, value in zip(signature.outputs, values, strict=True)}
 
 
@@ -82,6 +84,7 @@ def interpret(
     observe: Callable[[fx.Node, Any], None] | None = None,
     place: Place | None = None,
     bypass: Mapping[fx.Node, fx.Node] | None = None,
+    amend: Callable[[fx.Node, Any], Any] | None = None,
 ) -> tuple[Tensor, ...]:
     """Call every node in order and return the outputs.
 
@@ -93,6 +96,7 @@ def interpret(
         place: replaces the dtypes and devices that calls name.
         bypass: node to the node whose value its readers get instead; what nobody reads then is
             not called.
+        amend: from each node and its value to the value that its readers get, and ``observe``.
     """
     stands_for = _followed(bypass or {})
     order = _needed(graph, stands_for) if bypass else list(graph.nodes)
@@ -119,6 +123,8 @@ def interpret(
             target: Any = node.target
             value = target(*args, **kwargs)
             del args, kwargs
+        if amend is not None:
+            value = amend(node, value)
         if observe is not None:
             observe(node, value)
         values[node] = value

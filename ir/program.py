@@ -185,6 +185,7 @@ class Program:
         dtype: torch.dtype | None = None,
         bypass: Mapping[fx.Node, fx.Node] | None = None,
         device: str = "cpu",
+        amend: Callable[[fx.Node, Any], Any] | None = None,
     ) -> dict[str, Tensor]:
         """Run one graph, loading each weight when it is read and freeing values after last use.
 
@@ -195,10 +196,11 @@ class Program:
             dtype: compute in this floating-point dtype instead of the graph's own.
             bypass: node to the node whose value its readers get instead.
             device: where to compute; outputs come back to the processor.
+            amend: from each node and its value to the value that its readers get.
         """
         from .execute import run
 
-        return run(self, inputs, graph, observe, dtype, bypass, device)
+        return run(self, inputs, graph, observe, dtype, bypass, device, amend)
 
     def bind(self, graph: str = MAIN, dtype: torch.dtype | None = None) -> Bound:
         """Return a module with the weights as parameters; its forward takes inputs by position.

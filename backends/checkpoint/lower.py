@@ -16,6 +16,7 @@ from ...ir import (
     Weight,
     Weights,
 )
+from ...ir.activations import RoundedActivations
 from ...ir.cache import CachedCodes
 from ...ir.checkpoint import fake_model, read_config, stored_tensors
 from ...ir.mapping import map_weights, tied_names
@@ -120,6 +121,11 @@ def _refuse_quantized(program: Program) -> None:
                 raise LoweringError(
                     f"%{node.name} reads quantised weights, and a checkpoint holds plain ones",
                     remedy="leave out quantize-weights, or write --to onnx or --to program",
+                )
+            if RoundedActivations.match(node):
+                raise LoweringError(
+                    f"%{node.name} rounds activations, and transformers does not",
+                    remedy="leave out quantize-activations, or write --to onnx or --to program",
                 )
             if CachedCodes.match(node):
                 raise LoweringError(

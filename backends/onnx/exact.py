@@ -1,4 +1,8 @@
-"""An artifact with the runtime's approximations switched off, for checking what was lowered."""
+"""An artifact with the runtime's approximations switched off, for checking what was lowered.
+
+Roundings that the program itself asks for are no approximations.  They stay, and are told: see
+``Session.codes``.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from ..manifest import read_manifest
+from .integers import CODES
 from .session import OnnxSession, load_without_data
 
 _EXACT = 1  # the accuracy level that computes in float32
+_UINT8 = 2  # ONNX's number of the type
 
 
 @contextlib.contextmanager
@@ -28,7 +34,7 @@ def exact_session(folder: Path) -> Iterator[OnnxSession]:
         for path in folder.iterdir():
             if path.is_file():
                 _put(path, beside / path.name)
-        yield OnnxSession(beside, {**manifest, "files": {}})
+        yield OnnxSession(beside, {**manifest, "files": {}}, told=CODES)
 
 
 def _put(path: Path, copy: Path) -> None:
@@ -41,8 +47,12 @@ def _put(path: Path, copy: Path) -> None:
 
 
 def _rewrite(path: Path, copy: Path) -> bool:
-    """Write a graph with its accuracy levels lowered; tell whether it has any."""
+    """Write a graph that computes in float32 and gives its codes; tell whether it differs."""
     model = load_without_data(path)
+    codes = [o for node in model.graph.node for o in node.output if o.startswith(CODES)]
+    for name in codes:
+        output = model.graph.output.add(name=name)
+        output.type.tensor_type.elem_type = _UINT8
     levels = [
         attribute
         for node in model.graph.node
@@ -52,6 +62,6 @@ def _rewrite(path: Path, copy: Path) -> bool:
     ]
     for level in levels:
         level.i = _EXACT
-    if levels:
+    if levels or codes:
         copy.write_bytes(model.SerializeToString())
-    return bool(levels)
+    return bool(levels or codes)

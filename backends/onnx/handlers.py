@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from . import attention, cached, elementwise, norms, products, quantized, shaping
+from . import attention, cached, elementwise, integers, norms, products, quantized, shaping
 
 HANDLERS: dict[Any, Callable[..., Any]] = {
     **elementwise.HANDLERS,
@@ -20,4 +20,5 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
     **attention.HANDLERS,
     **cached.HANDLERS,
     **quantized.HANDLERS,
+    **integers.HANDLERS,
 }

@@ -15,7 +15,8 @@ from ...ir.quant import QuantType
 from ...ir.sparse import SparseLinear
 from .builder import stored_dtype
 from .emitter import Emitter, dtype_of, sizes_of
-from .pack import Layout, layout
+from .integers import multiplies_integers, product
+from .pack import SMALLEST, Layout, layout
 
 Handler = Callable[..., Any]
 _UINT8 = ir.DataType.UINT8
@@ -39,6 +40,8 @@ def _linear(
     group_size: int,
     in_features: int,
 ) -> Any:
+    if multiplies_integers(x, bits, group_size, in_features):
+        return product(e, node, x, codes, scales, zeros, bias)
     stored = layout(QuantType(bits, group_size, symmetric=zeros is None), in_features)
     rows = int(sizes_of(codes)[0])
     dtype = dtype_of(node)
@@ -70,6 +73,8 @@ def _embedding(
     group_size: int,
     in_features: int,
 ) -> Any:
+    if bits != 3 and group_size in (-1, in_features) and not _multiplied(codes):
+        return _rows(e, ids, codes, scales, zeros, bits, in_features)
     stored = layout(QuantType(bits, group_size, symmetric=zeros is None), in_features)
     result = e.op(
         "GatherBlockQuantized",
@@ -106,6 +111,37 @@ def _sparse(e: Emitter, node: fx.Node, *_: Any) -> Any:
     raise LoweringError(
         f"%{node.name}: ONNX Runtime has no product with the single entries @{call.values.target}",
         remedy="keep whole columns, outlier-kind=structured; or write --to program",
+    )
+
+
+def _multiplied(codes: fx.Node) -> bool:
+    """Tell whether a linear reads the same codes, which then are stored as it needs them."""
+    alike = codes.graph.find_nodes(op="get_attr", target=codes.target)
+    return any(user.target is LINEAR for node in alike for user in node.users)
+
+
+def _rows(
+    e: Emitter,
+    ids: fx.Node,
+    codes: fx.Node,
+    scales: fx.Node,
+    zeros: fx.Node | None,
+    bits: int,
+    in_features: int,
+) -> ir.Value:
+    """Look up rows with one scale each: a block may be longer than what it holds."""
+    return e.op(
+        "GatherBlockQuantized",
+        e.value(codes),
+        e.value(ids),
+        e.value(scales),
+        None if zeros is None else e.value(zeros),
+        domain=_CONTRIB,
+        dtype=dtype_of(scales),
+        gather_axis=0,
+        quantize_axis=1,
+        block_size=max(SMALLEST, 1 << (in_features - 1).bit_length()),
+        bits=bits,
     )
 
 

@@ -127,7 +127,7 @@ def test_a_past_that_is_not_handed_on_is_found_out() -> None:
     outputs = program.run(inputs, dtype=torch.float32)
     arrays = {name: value.numpy().copy() for name, value in outputs.items()}
     arrays["present.0.key"][0, 0, 1] ^= 1
-    expected, found = Oracle(program).run(inputs, "main", arrays)
+    expected, found = Oracle(program).run(inputs, "main", arrays, {})
     gaps = {name: (value.float() - found[name].float()).abs() for name, value in expected.items()}
     wrong = [name for name, gap in gaps.items() if bool((gap > 1e-4).any())]
     assert "present.0.key, past" in wrong
@@ -146,7 +146,7 @@ def test_a_number_in_the_middle_may_have_either_code() -> None:
     other = 1 if off[place] > 0 else -1
     arrays = {name: value.numpy().copy() for name, value in outputs.items()}
     arrays["present.0.key"][0, 0, 0, place] += other
-    expected, found = Oracle(program).run(inputs, "main", arrays)
+    expected, found = Oracle(program).run(inputs, "main", arrays, {})
     gap = (expected["present.0.key"] - found["present.0.key"]).abs()
     step = float(values[read.scales][0, 0, 0, 0])
     # the other neighbour is 1 - |off| steps away; half a step is forgiven
