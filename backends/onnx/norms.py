@@ -27,14 +27,27 @@ def _layer_norm(
     eps: float = 1e-5,
     *_: Any,
 ) -> Any:
+    value = e.value(x)
+    _keep_apart(value)
     return e.op(
         "LayerNormalization",
-        e.value(x),
+        value,
         _gain(e, node, gain, shape),
         None if bias is None else e.value(bias),
         axis=-len(shape),
         epsilon=eps,
     )
+
+
+def _keep_apart(value: ir.Value) -> None:
+    """Write the sum that a norm reads as ``Sum``, which ONNX Runtime does not fuse with the norm.
+
+    Its fused kernel on processors takes 5 times as long as a sum and a norm (measured with 1.32 on
+    128 tokens of 384 numbers, one thread; equal for 1 token).
+    """
+    node = value.producer()
+    if node is not None and node.op_type == "Add" and value.dtype == ir.DataType.FLOAT:
+        node.op_type = "Sum"
 
 
 def _gain(e: Emitter, node: fx.Node, gain: fx.Node | None, shape: Sequence[Size]) -> ir.Value:
