@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from ...ir import PassError, Program, call_key
 from ...ir.activations import largest_code
-from ..context import PassContext
+from ..context import PassContext, reads_tokens
 from ..outputs import observe_graph
 
 
@@ -25,9 +25,14 @@ def measure_ranges(
         context: holds the text.
 
     Raises:
-        PassError: a value is not finite there.
+        PassError: the program reads no tokens, or a value is not finite there.
         DataError: there is no text, and none can be made up.
     """
+    if not reads_tokens(program):
+        raise PassError(
+            f"{program.origin.model} ({program.kind}) reads no tokens, so text gives no range",
+            remedy="mode=dynamic needs none",
+        )
     windows = context.calibration_tokens(program).tokens
     ranges: dict[fx.Node, tuple[float, float]] = {}
     for graph, nodes in inputs.items():
