@@ -20,6 +20,7 @@ from ..metrics import mean_pool
 from ..outputs import batches, predictions, token_batch
 from ..probes import Inputs
 from ..progress import SilentProgress
+from .outliers import Solved
 from .store import Dequantized
 from .units import Unit
 
@@ -108,7 +109,8 @@ class Cost:
             for index, width in key:
                 for shared in self.rounded.units[index].weights:
                     tensor = self.rounded.tensor(shared.name, width)
-                    trial.weights.put(shared.name, Dequantized(program.weight(shared.name), tensor))
+                    weight = program.weight(shared.name)
+                    trial.weights.put(shared.name, Dequantized(weight, Solved(tensor)))
             found = self._reference.measure(trial)
             cost = found.kl if found.kl is not None else 1.0 - (found.cosine or 0.0)
             _check_finite(math.isfinite(cost))
