@@ -151,9 +151,9 @@ def solve(name: str, weight: Tensor, moments: Moments, qtype: QuantType, recipe:
     """
     wide = weight.to(moments.matrix.device, torch.float32)
     power = moments.matrix.diagonal()
-    kept = choose_outliers(wide, power, recipe.outliers, recipe.outlier_kind)
-    covered = weight.to(wide.device).masked_fill(kept, 0)  # zero is in every range
     try:
+        kept = choose_outliers(wide, power, recipe.outliers, recipe.outlier_kind, qtype)
+        covered = weight.to(wide.device).masked_fill(kept, 0)  # zero is in every range
         grid = choose_grid(covered, qtype, recipe.clip, power)
     except ValueError as problem:
         raise PassError(f"@{name}: {problem}", remedy="mend or replace the weight") from problem

@@ -22,34 +22,52 @@ import torch
 from torch import Tensor, fx
 
 from ...ir import PassError, Program
-from ...ir.quant import QuantizedTensor
+from ...ir.quant import QuantizedTensor, QuantType, quantize
 from ...ir.sparse import OutlierSum, add_entries, outlier_sums
 
 Kind = Literal["structured", "unstructured"]
 KINDS: tuple[Kind, ...] = ("structured", "unstructured")
 
 
-def choose_outliers(weight: Tensor, power: Tensor, share: float | None, kind: Kind) -> Tensor:
+def choose_outliers(
+    weight: Tensor, power: Tensor, share: float | None, kind: Kind, qtype: QuantType
+) -> Tensor:
     """Return which entries of a weight are kept: bool [out, in].
 
-    Unstructured: the largest.  Structured: those columns whose products with what they read are
-    the largest, by ``|W_j|**2 S_jj``.  A column that reads nothing but zeros is never kept.
+    Unstructured: the largest.  Structured: the largest columns, or those whose rounding to nearest
+    costs the most, by ``|W_j - round(W_j)|**2 S_jj`` (as in OWQ, arXiv 2306.02272): whichever
+    leaves less of that cost in the others, on the narrower grid.  A column that reads nothing but
+    zeros is never kept.
 
     Args:
         weight: [out, in].
         power: [in], the mean square of what each column is multiplied with.
         share: of the entries, or of the columns, rounded to a whole number; none: none.
         kind: structured (whole columns) or unstructured.
+        qtype: the number type of the others.
+
+    Raises:
+        ValueError: the weight is not finite.
     """
     chosen = torch.zeros_like(weight, dtype=torch.bool)
     if share is None:
         return chosen
     if kind == "structured":
-        columns = (weight.square().sum(0) * power).topk(round(share * len(power))).indices
-        chosen[:, columns] = True
+        count = round(share * len(power))
+        sets = [
+            by.topk(count).indices
+            for by in (_costs(weight, power, qtype), weight.square().sum(0) * (power > 0))
+        ]
+        left = [_costs(weight.index_fill(1, columns, 0), power, qtype).sum() for columns in sets]
+        chosen[:, sets[int(left[1] < left[0])]] = True
     else:
         chosen.view(-1)[weight.abs().flatten().topk(round(share * weight.numel())).indices] = True
     return chosen & (power > 0)
+
+
+def _costs(weight: Tensor, power: Tensor, qtype: QuantType) -> Tensor:
+    """Return what rounding each column of a weight to nearest costs: [in]."""
+    return (weight - quantize(weight, qtype).dequantize()).square().sum(0) * power
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,10 +60,11 @@ class QuantizeWeights(Pass):
     - ``method="auto"`` is rtn without calibration text.  With it: gptq-quantease on a grid clipped
       by activations, columns by falling power, scales refitted to the codes between the sweeps.
     - ``outliers=0.01`` keeps that share of a linear's weight as it is, beside the codes:
-      ``W' = V + H``, H sparse.  Structured: the columns with the largest ``|W_j|**2 S_jj``, which
-      are ``index_select`` and a thin linear [out, count].  Unstructured: the largest entries, one
-      ``sparse_linear``, which runs here but which not every backend has.  Where H is, V is zero,
-      the grid does not cover W, and the sweeps do not round: the error is minimised over V and H.
+      ``W' = V + H``, H sparse.  Structured: the columns that are the largest, or whose rounding
+      costs the most; they are ``index_select`` and a thin linear [out, count].
+      Unstructured: the largest entries, one ``sparse_linear``, which programs run and ONNX Runtime
+      does not.  Where H is, V is zero, the grid does not cover W, and the sweeps do not round: the
+      error is minimised over V and H.
       A weight that an embedding reads has none: its rows would lack them.
     - A weight is rounded once, from the value that the program has for it.  One that is read in
       several places stays one tensor, and its moments are summed.  One that an embedding shares

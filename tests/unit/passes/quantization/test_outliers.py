@@ -25,7 +25,13 @@ from modelathe.ir.sparse import OutlierSum, outlier_sums
 from modelathe.passes import ConvertDtype, PassContext, QuantizeWeights, TieBlocks
 from modelathe.passes.data import TokenWindows
 from modelathe.passes.quantization.methods import PUBLISHED, Method, Recipe, solve
-from modelathe.passes.quantization.outliers import KINDS, Kind, Outliers, Solved
+from modelathe.passes.quantization.outliers import (
+    KINDS,
+    Kind,
+    Outliers,
+    Solved,
+    choose_outliers,
+)
 from modelathe.passes.quantization.sequential import Moments
 from modelathe.passes.quantization.store import Stored
 from support.models import canonical
@@ -61,12 +67,25 @@ def lost(found: Solved) -> float:
     return float((difference @ moments.matrix.double() * difference).sum())
 
 
-def test_structured_outliers_are_the_columns_whose_products_are_the_largest() -> None:
-    found = solved(recipe("structured")).outliers
+def test_structured_outliers_are_the_columns_without_which_rounding_costs_least() -> None:
     weight, moments = problem()
-    energy = weight.square().sum(0) * moments.matrix.diagonal()
+    qtype = QuantType(3, -1, symmetric=False)
+    power = moments.matrix.diagonal().clone()
+
+    def kept(power: Tensor) -> list[int]:
+        chosen = choose_outliers(weight, power, 0.05, "structured", qtype)
+        return chosen.all(0).nonzero().flatten().tolist()
+
+    largest = weight.square().sum(0).topk(2).indices.sort().values.tolist()
+    assert kept(power) == largest  # one of them is heavy: without it all steps are smaller
+    power[20] = 1e4 * power.max()
+    assert 20 in kept(power)  # what multiplies this one is large
+
+
+def test_columns_are_stored_with_their_numbers() -> None:
+    found = solved(recipe("structured")).outliers
     assert found is not None
-    assert found.indices.tolist() == energy.topk(2).indices.sort().values.tolist()
+    assert found.indices.dtype == torch.int32
     assert found.values.shape == (OUT, 2)
     assert found.nbytes == 4 * (2 * OUT + 2)
 
