@@ -90,7 +90,7 @@ def test_an_encoder_decoder_gives_the_bits_of_transformers_token_by_token(pads: 
         past = {n.replace("present.", "past_key_values."): v for n, v in out.items() if n[0] == "p"}
 
 
-PLAIN = [name for name in MODELS if name not in TRANSFORMERS]
+PLAIN = [name for name, case in MODELS.items() if name not in TRANSFORMERS and case.finish is None]
 
 
 @pytest.mark.parametrize("name", PLAIN)
