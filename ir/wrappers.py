@@ -103,6 +103,14 @@ def _accepts(function: Callable[..., Any], name: str) -> bool:
     return name in inspect.signature(function).parameters
 
 
+def cache_argument(function: Callable[..., Any]) -> str:
+    """Return by which name a model takes its cache, or nothing: transformers 5.24 renamed it."""
+    return next((name for name in _CACHE_ARGUMENTS if _accepts(function, name)), "")
+
+
+_CACHE_ARGUMENTS = ("cache", "past_key_values")
+
+
 def _cache_names(count: int, prefix: str) -> list[str]:
     return [f"{prefix}.{i}.{part}" for i in range(count) for part in ("key", "value")]
 
@@ -137,7 +145,7 @@ class _Decoder(nn.Module):
         cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
         out = self.model(
             **dict(zip(self.names, inputs[:count], strict=True)),
-            past_key_values=cache,
+            **{cache_argument(self.model.forward): cache},
             use_cache=True,
             return_dict=True,
         )
@@ -169,12 +177,12 @@ def _decoder(model: Any) -> Wrapped:
     if _accepts(model.forward, "position_ids"):
         dims["position_ids"] = ("batch", "sequence")
     layers = None
-    if _accepts(model.forward, "past_key_values"):
+    if name := cache_argument(model.forward):
         from transformers.cache_utils import DynamicCache
 
         probe = DynamicCache()
         ids = torch.zeros((1, 2), dtype=torch.int64)
-        model(input_ids=ids, past_key_values=probe, use_cache=True, return_dict=True)
+        model(input_ids=ids, **{name: probe}, use_cache=True, return_dict=True)
         layers = _layers_of(probe)
     if layers is None:
         dims["attention_mask"] = ("batch", "sequence")
@@ -247,7 +255,7 @@ def encode(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Any]:
     decoder(
         input_ids=first,
         encoder_hidden_states=hidden,
-        past_key_values=cache,
+        **{cache_argument(decoder.forward): cache},
         use_cache=True,
         **extra,
     )
@@ -280,7 +288,7 @@ class _CachedDecoder(nn.Module):
             decoder_attention_mask=mask,
             **({"attention_mask": inputs[2]} if self.masked else {}),
             encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
-            past_key_values=cache,
+            **{cache_argument(self.model.forward): cache},
             use_cache=True,
             return_dict=True,
         )

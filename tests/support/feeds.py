@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from modelathe.ir import MAIN, Program
+from modelathe.ir.wrappers import cache_argument
 
 Inputs = dict[str, Tensor]
 
@@ -68,7 +69,7 @@ def decoder_outputs(model: Any, inputs: Inputs) -> Inputs:
     past = [value for name, value in inputs.items() if name.startswith("past_key_values")]
     cache: Any = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
     plain = {name: value for name, value in inputs.items() if not name.startswith("past")}
-    out = model(**plain, past_key_values=cache, use_cache=True)
+    out = model(**plain, **{cache_argument(model.forward): cache}, use_cache=True)
     made = {"logits": out.logits}
     for number, layer in enumerate(cache.layers):
         made |= {f"present.{number}.key": layer.keys, f"present.{number}.value": layer.values}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from modelathe.ir import CaptureError, Program, capture, verify
+from modelathe.ir.wrappers import cache_argument
 from support.feeds import SHAPES, decoder_outputs, feed, plain_outputs
 from support.models import MODELS, TRANSFORMERS, VOCABULARY, module, program
 from support.numeric import assert_same_bits, rounding, worst_error
@@ -79,7 +80,7 @@ def test_an_encoder_decoder_gives_the_bits_of_transformers_token_by_token(pads: 
             expected = model(
                 decoder_input_ids=given["decoder_input_ids"],
                 attention_mask=inputs["attention_mask"],
-                past_key_values=state,
+                **{cache_argument(model.forward): state},
                 use_cache=True,
                 **({"input_ids": inputs["input_ids"]} if state is None else {}),
                 **({"encoder_outputs": (hidden,)} if state is not None else {}),
