@@ -28,7 +28,7 @@ import torch
 from modelathe.backends import Onnx, open_artifact
 from modelathe.backends.curves import draw_curves
 from modelathe.demo import CALIBRATION_TEXT, HELDOUT_TEXT
-from modelathe.ir import Norm, Program, capture
+from modelathe.ir import DataError, Norm, Program, capture
 from modelathe.passes import PassContext, Pipeline
 from modelathe.passes.fidelity import Reference
 from modelathe.passes.probes import empty_cache, feeds
@@ -100,7 +100,11 @@ def study(model: str, runs: dict[str, str], arguments: argparse.Namespace) -> di
     programs["untouched"] = plain
     for name, text in runs.items():
         started = time.perf_counter()
-        result = Pipeline.parse(text, context=context, check=False)(original)
+        try:
+            result = Pipeline.parse(text, context=context, check=False)(original)
+        except DataError as error:  # no number that is not finite can be healed
+            print(json.dumps({"pipeline": text, "refused": str(error)}), flush=True)
+            continue
         row: dict[str, Any] = {
             "pipeline": text,
             "norms": norms_left(result.program),
