@@ -180,7 +180,7 @@ def _decoder(model: Any) -> Wrapped:
     if name := cache_argument(model.forward):
         from transformers.cache_utils import DynamicCache
 
-        probe = DynamicCache()
+        probe = DynamicCache(config=model.config)  # mamba keeps states in it, not keys and values
         ids = torch.zeros((1, 2), dtype=torch.int64)
         model(input_ids=ids, **{name: probe}, use_cache=True, return_dict=True)
         layers = _layers_of(probe)
