@@ -69,17 +69,17 @@ def file_entries(model: Any, weights: Mapping[str, Weight]) -> list[Entry]:
     Raises:
         LoweringError: a conversion cannot be reversed.
     """
-    from transformers import core_model_loading
+    from transformers.core_model_loading import dot_natural_key, rename_source_key
 
     renamings, converters = _reversed_mapping(model)
     known = _by_any_name(model, weights)
     groups: dict[str, list[str]] = {}
     plain: dict[str, str] = {}
     names = set(_names(model)) - _left_out(model, known)
-    for name in sorted(names, key=core_model_loading.dot_natural_key):
-        target, pattern = core_model_loading.apply_converters(name, converters)
+    for name in sorted(names, key=dot_natural_key):
+        target, pattern = rename_source_key(name, [], converters, reverse=True)
         if pattern is None:
-            plain[name] = core_model_loading.apply_renamings(name, renamings)
+            plain[name], _ = rename_source_key(name, renamings, [], reverse=True)
         else:
             groups.setdefault(target, []).append(name)
     reverter = _Reverter(model)
