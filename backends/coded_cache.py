@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from ..ir import Program, Signature
-from ..ir.cache import dequantize_cache, quantize_cache, reads_codes
+from ..ir.cache import dequantize_cache, entry_parts, quantize_cache, reads_codes
 from .session import Array
 from .taken_codes import TakenCodes
 
@@ -115,16 +115,12 @@ def _input(graph: fx.Graph, after: fx.Node, like: fx.Node, name: str) -> fx.Node
     return node
 
 
-def _parts(name: str) -> tuple[str, str, str]:
-    return name, f"{name}_scale", f"{name}_zero"
-
-
 def _expected(
     name: str, newest: Tensor, bits: int, inputs: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Return the past as it was given, the new numbers, and their scales."""
-    past = {part: inputs[part.replace("present.", "past_key_values.", 1)] for part in _parts(name)}
-    codes, scales, zeros = _parts(name)
+    codes, scales, zeros = names = entry_parts(name)
+    past = {part: inputs[part.replace("present.", "past_key_values.", 1)] for part in names}
     _, steps, _ = quantize_cache(newest, bits)
     return {
         f"{codes}, past": past[codes].flatten(),
@@ -139,7 +135,8 @@ def _amount(name: str, newest: Tensor, bits: int, found: Mapping[str, Tensor]) -
 
     A number within half a step of the expected one counts as equal to it.
     """
-    codes, scales, zeros = (found[part] for part in _parts(name))
+    names = entry_parts(name)
+    codes, scales, zeros = (found[part] for part in names)
     length = newest.shape[-2]
     first = codes.shape[-2] - length
     steps = scales[..., first:, :].float()
@@ -148,7 +145,7 @@ def _amount(name: str, newest: Tensor, bits: int, found: Mapping[str, Tensor]) -
     blamed = (gap.abs() - steps / 2).clamp_min(0)
     return {
         f"{name}, past": codes[..., :first, :].flatten(),
-        f"{name}_zero, past": zeros[..., :first, :].flatten(),
-        f"{name}_scale": scales.float(),
+        f"{names[2]}, past": zeros[..., :first, :].flatten(),
+        names[1]: scales.float(),
         name: newest + torch.where(gap > 0, blamed, -blamed),
     }

@@ -86,10 +86,12 @@ def _pass_notes(error: BaseException) -> list[str]:
 
 def _more_about(error: BaseException) -> str:
     """Return where the options are listed that an error without a remedy is about."""
+    from ..passes.spec import where_options_are
+
     for note in _pass_notes(error):
         name = note.partition(": ")[2].partition("{")[0]
         if name and ":" not in name:  # a class given by its import path is not listed
-            return f"see its options: modelathe passes {name}"
+            return where_options_are(name)
     return "see the options: modelathe --help"
 
 

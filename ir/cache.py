@@ -32,6 +32,11 @@ SMALLEST_RANGE = 1e-5  # KVTuner's; nothing is divided by zero
 _QUANTIZE, _DEQUANTIZE = "modelathe::quantize_cache", "modelathe::dequantize_cache"
 
 
+def entry_parts(name: str) -> tuple[str, str, str]:
+    """Return what a cache entry's codes, scales and zero points are called in a signature."""
+    return name, f"{name}_scale", f"{name}_zero"
+
+
 def quantize_cache(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Round ``x [..., width]`` over its last axis.
 

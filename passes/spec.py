@@ -245,9 +245,14 @@ def _build(text: str, entry: _Entry, registry: Mapping[str, type[T]], base: type
 
 
 def _more_about(name: str, registry: Mapping[str, type[Any]], base: type[object]) -> str:
-    """Return the remedy that says where the options of a pass or backend are listed."""
+    """Return where the options of a registered pass or backend are listed; "" for another."""
     command = {"Pass": "passes", "Backend": "backends"}.get(base.__name__)
-    return f"see its options: modelathe {command} {name}" if command and name in registry else ""
+    return where_options_are(name, command) if command and name in registry else ""
+
+
+def where_options_are(name: str, command: str = "passes") -> str:
+    """Return the remedy that names the command which lists the options of a pass or backend."""
+    return f"see its options: modelathe {command} {name}"
 
 
 def _arguments(text: str, entry: _Entry, kind: type[Any], more: str) -> dict[str, object]:

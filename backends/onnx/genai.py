@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ...ir.cache import entry_parts
 from ...ir.program import Signature
 
 _KEY, _VALUE = "past_key_values.%d.key", "past_key_values.%d.value"
@@ -19,7 +20,7 @@ def genai_obstacle(signature: Signature, config: Mapping[str, Any]) -> str:
         return "the decoder has no cache of keys and values"
     if "logits" not in signature.outputs or "input_ids" not in signature.inputs:
         return "it needs an input called input_ids and an output called logits"
-    if any(name.endswith("_scale") for name in signature.inputs):
+    if set(signature.inputs) & {entry_parts(name)[1] for name in signature.inputs}:
         return "the cache is stored as codes with scales, and it knows one tensor for each entry"
     if len(set(entries)) > 1:
         return "keys and values differ in heads or width, and it knows one size for all"

@@ -9,12 +9,10 @@ import torch
 from torch import fx
 
 from ...ir import Program, Signature, insert_call, set_info
+from ...ir.cache import entry_parts
 from ...ir.calls import aten
 from ...ir.infer import fake_mode
 from .entries import PAST, PRESENT, Entry
-
-SCALE, ZERO = "scale", "zero"
-_EXTRA = (SCALE, ZERO)
 
 
 def quantize_entry(program: Program, graph: str, entry: Entry, bits: int) -> None:
@@ -47,9 +45,10 @@ def _code_inputs(nodes: fx.Graph, entry: Entry, bits: int) -> tuple[fx.Node, fx.
     past = entry.past
     numbers = past.meta["val"]
     *sizes, width = numbers.shape
+    _, scale_name, zero_name = entry_parts(entry.name)
     with nodes.inserting_after(past):
-        zeros = nodes.placeholder(f"{entry.name}_{ZERO}")
-        scales = nodes.placeholder(f"{entry.name}_{SCALE}")
+        zeros = nodes.placeholder(zero_name)
+        scales = nodes.placeholder(scale_name)
     with fake_mode(nodes):
         past.meta["val"] = torch.empty((*sizes, int(width) * bits // 8), dtype=torch.uint8)
         scales.meta["val"] = torch.empty((*sizes, 1), dtype=numbers.dtype)
@@ -74,8 +73,8 @@ def _return(nodes: fx.Graph, join: fx.Node, joined: list[fx.Node]) -> None:
 def _signature(signature: Signature, entry: Entry, bits: int) -> Signature:
     name = entry.name
     *sizes, width = signature.dims[name]
-    dims = {**signature.dims, name: (*sizes, int(width) * bits // 8)}
-    dims |= {f"{name}_{extra}": (*sizes, 1) for extra in _EXTRA}
+    dims = {**signature.dims, **dict.fromkeys(entry_parts(name), (*sizes, 1))}
+    dims[name] = (*sizes, int(width) * bits // 8)
     return Signature(
         _widened(signature.inputs, name),
         _widened(signature.outputs, name.replace(PAST, PRESENT, 1)),
@@ -85,5 +84,5 @@ def _signature(signature: Signature, entry: Entry, bits: int) -> Signature:
 
 def _widened(names: tuple[str, ...], name: str) -> tuple[str, ...]:
     """Return names with those of an entry's scales and zero points behind its own."""
-    place = names.index(name) + 1
-    return (*names[:place], *(f"{name}_{extra}" for extra in _EXTRA), *names[place:])
+    place = names.index(name)
+    return (*names[:place], *entry_parts(name), *names[place + 1 :])
