@@ -5,6 +5,8 @@
 
 PYTHON ?= python3
 VENV := .venv
+# Files of tests run side by side (tests of one file share captured models); PYTEST_ARGS="-n 0" runs all in a row.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
@@ -26,7 +28,7 @@ demo: $(INSTALLED)
 	$(BIN)/modelathe demo
 
 test: $(INSTALLED_DEV)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check .
