@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from ..ir import MAIN, Embedding, Program, QuantizedEmbedding, is_weight
+from ..ir.cache import entry_parts
 from ..ir.dims import evaluate
 from .context import maximum_length
 
@@ -41,13 +42,14 @@ def probe(program: Program, graph: str, seed: int = 0, **sizes: int) -> Inputs:
         **sizes: values of symbolic sizes, such as ``batch=2, sequence=5, past=0``.
     """
     generator = torch.Generator().manual_seed(seed)
+    scales = {entry_parts(name)[1] for name in program.signatures[graph].inputs}
     made: Inputs = {}
     for node in program.graphs[graph].find_nodes(op="placeholder"):
         name, dtype = str(node.target), node.meta["val"].dtype
         shape = sizes_of(program.signatures[graph].dims[name], sizes)
         if dtype.is_floating_point:
             made[name] = torch.randn(shape, generator=generator).to(dtype)
-            if name.endswith(("key_scale", "value_scale")):
+            if name in scales:
                 made[name] = made[name].abs() / 64  # what codes stand for is then about 1
         elif dtype == torch.bool or "mask" in name:
             made[name] = torch.ones(shape, dtype=dtype)

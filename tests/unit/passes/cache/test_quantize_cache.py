@@ -202,3 +202,10 @@ def test_options_that_make_no_sense_are_refused(text: str, message: str) -> None
 @pytest.mark.parametrize("rows", [("0:8/8",), ("0-3:4/2", "4:none/8"), ("2:2/2", "4-5:8/8")])
 def test_a_table_reads_back_what_is_written(rows: tuple[str, ...]) -> None:
     assert write_table(read_table(rows)) == rows
+
+
+def test_probes_have_scales_above_zero() -> None:
+    made = probe(quantized("llama").program, "main", past=3)
+    scales = [value for name, value in made.items() if name.endswith("_scale")]
+    assert len(scales) > 1
+    assert all((value > 0).all() for value in scales)
