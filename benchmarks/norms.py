@@ -27,6 +27,7 @@ import torch
 
 from modelathe.backends import Onnx, open_artifact
 from modelathe.backends.curves import draw_curves
+from modelathe.cli.cache import cache_folder
 from modelathe.demo import CALIBRATION_TEXT, HELDOUT_TEXT
 from modelathe.ir import DataError, Norm, Program, capture
 from modelathe.passes import PassContext, Pipeline
@@ -89,7 +90,10 @@ def study(model: str, runs: dict[str, str], arguments: argparse.Namespace) -> di
     """Run every pipeline on a model and print one row for each."""
     original = capture(model)
     context = PassContext(
-        calibration=CALIBRATION_TEXT, calibration_samples=64, check_tokens=arguments.check_tokens
+        calibration=CALIBRATION_TEXT,
+        calibration_samples=64,
+        check_tokens=arguments.check_tokens,
+        cache=cache_folder(),
     )
     texts = {"held-out": HELDOUT_TEXT}
     if arguments.second:

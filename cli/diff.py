@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .cache import cache_folder
 from .options import AllowPickle, Debug, Json
 from .recipe import PipelineText, pipeline_text
 from .screen import Screen, size_text
@@ -116,7 +117,7 @@ def _program_differences(
 def _parsed(screen: Screen, pipeline: str) -> Pipeline:
     from ..passes import PassContext, Pipeline
 
-    context = PassContext(progress=screen.progress)
+    context = PassContext(progress=screen.progress, cache=cache_folder())
     # The checks judge values, which a diff of the text does not show; `run` makes them.
     return Pipeline.parse(pipeline_text(pipeline), context=context, check=False)
 

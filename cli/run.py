@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .cache import cache_folder
 from .options import AllowPickle, Debug, Force, Json
 from .plan import plan, show_plan
 from .recipe import PipelineText, pipeline_text
@@ -152,6 +153,7 @@ def command(
             seed=seed,
             device=device.value,
             progress=screen.progress,
+            cache=cache_folder(),
         )
         budget = Budget(
             max_kl=max_kl,

@@ -45,6 +45,8 @@ class PassContext:
         progress: who is told how far long work is.
         state: a folder where long passes keep what they need to go on after they were stopped, and
             where they look for it; None: they begin anew.
+        cache: a folder where text that the model writes itself is kept between runs, which changes
+            nothing but the time that they take; None: nowhere.
     """
 
     calibration: TextSource | TokenWindows | None = None
@@ -56,6 +58,7 @@ class PassContext:
     device: str = "cpu"
     progress: Progress = field(default_factory=SilentProgress)
     state: Path | None = None
+    cache: Path | None = None
     # Windows already made in this run, by what they were made for and for which model.
     _made: dict[tuple[str, object], TokenWindows] = field(
         default_factory=dict, repr=False, compare=False
@@ -152,23 +155,23 @@ class PassContext:
     def generated_text(self, program: Program, samples: int, length: int) -> TokenWindows:
         """Return sequences that the untouched model writes, int64 [samples, length].
 
-        They are kept in ``state``, for generating takes as long as training on them.
+        They are kept in ``cache``, or in ``state`` until the run is done.
 
         Raises:
             DataError: the model writes no text, or is too large for it.
         """
-        from .self_text import kept_windows
+        from .self_text import generate_windows
 
         key = "generated", program.origin.recapture
         if key not in self._made:
-            self._made[key] = kept_windows(
+            self._made[key] = generate_windows(
                 self.reference(program),
                 samples,
                 length,
                 self.seed,
                 self.progress,
                 self.device,
-                self.state,
+                [folder for folder in (self.cache, self.state) if folder is not None],
             )
         return self._made[key]
 
@@ -244,7 +247,10 @@ class PassContext:
                 f"no text given: {purpose} uses {samples} sequences of {length} tokens that the "
                 "model generates itself (pass --calibration FILE for better ones)"
             )
-            return generate_windows(program, samples, length, seed, self.progress, self.device)
+            kept = [] if self.cache is None else [self.cache]
+            return generate_windows(
+                program, samples, length, seed, self.progress, self.device, kept
+            )
         if program.kind == "encoder" or purpose == "checks":
             self.progress.note(f"no text given: {purpose} uses seeded random tokens")
             return random_tokens(vocabulary(program) or 2, samples, length, seed)

@@ -1,7 +1,8 @@
-"""Files that a stopped run goes on from."""
+"""Files that runs find again: what a stopped one goes on from, and text that a model wrote."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +16,10 @@ def write_whole(
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file(dict(tensors), partial, dict(metadata or {}))
-    partial.replace(path)
+    # Another process may be writing the same file.
+    partial = path.with_name(f"{path.stem}.{os.getpid()}.partial")
+    try:
+        save_file(dict(tensors), partial, dict(metadata or {}))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -5,6 +5,8 @@ from hypothesis import settings
 
 # Tests use no network: a model id that is no folder must fail at once and not ask a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Tests leave the user's own cache alone.
+os.environ["MODELATHE_CACHE"] = "none"
 # The tokenizers' threads warn when a test forks after using them.
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # A busy machine is no failure, and a red run must be red again.

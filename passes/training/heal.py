@@ -56,7 +56,9 @@ class Heal(Pass):
 
     The text is the calibration text without the tenth that checks read, cut anew for every epoch;
     of a decoder's batches the share ``mix`` is text that the untouched model writes itself, at
-    temperature 1 after a random token: what heals on one text alone does not heal on others.  5 %
+    temperature 1 after a random token: what heals on one text alone does not heal on others.
+    Commands keep that text between runs, in ``~/.cache/modelathe`` or the folder that the variable
+    MODELATHE_CACHE names (``none``: nowhere), at most 256 MB of it; the folder may be deleted.  5 %
     of both are never trained on; they judge the run twelve times, and the best weights are kept.
 
     Training is in float32 whatever the program's dtype; trained weights go back rounded to the

@@ -173,3 +173,18 @@ def test_artifacts_are_compared_by_what_is_stored(plain: Path, small: Path, cli:
     assert "pipeline" in found["manifest"]
     assert "model.onnx" in found["files"]
     assert found["initializers"]
+
+
+def test_text_that_the_model_writes_is_kept_for_the_next_run(
+    program: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODELATHE_CACHE", str(tmp_path / "cache"))
+    words = ["run", program, "-p", "prune-blocks{count=1}", "--to", "program", "--no-check"]
+    words += ["--calibration-samples", 2, "--calibration-length", 4, "--json", "-o"]
+    first, again = (cli(*words, tmp_path / name) for name in ("first", "again"))
+    (kept,) = (tmp_path / "cache").iterdir()
+    assert "is taken from" not in first.err
+    assert f"is taken from {kept}" in again.err
+    assert first.json["data"] == again.json["data"]
+    weights = [found.json["files"]["weights.safetensors"] for found in (first, again)]
+    assert weights[0] == weights[1]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +13,10 @@ from modelathe.ir import DataError, Program
 from modelathe.ir.capture import replace_origin
 from modelathe.passes import PassContext, TokenWindows
 from modelathe.passes.context import maximum_length, vocabulary
-from modelathe.passes.progress import Advance
+from support.listener import Listener
 from support.models import LENGTH, VOCABULARY, program
 
 SMALL: dict[str, Any] = {"calibration_samples": 3, "calibration_length": 6, "check_tokens": 12}
-
-
-@dataclass
-class Listener:
-    """Remembers what it is told."""
-
-    notes: list[str] = field(default_factory=list)
-    tasks: dict[str, int] = field(default_factory=dict)
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
-
-    @contextmanager
-    def task(self, title: str, total: int | None = None) -> Iterator[Advance]:
-        def advance(amount: int) -> None:
-            self.tasks[title] += amount
-
-        self.tasks[title] = -(total or 0)
-        yield advance
 
 
 @pytest.fixture
