@@ -84,7 +84,8 @@ def converted(program: Program, dtype: torch.dtype, keep: Iterable[Keep] = ()) -
     made.clean()
     aliases = {alias: renamed.get(name, name) for alias, name in aliases.items()}
     table = {name: made.weights[name] for name in made.weights}
-    made.weights = Weights(table, {a: name for a, name in aliases.items() if name in table})
+    kept = {alias: name for alias, name in aliases.items() if name in table}
+    made.weights = Weights(table, kept, made.weights.buffers)
     made.config = _stated(made.config, dtype)
     return made
 

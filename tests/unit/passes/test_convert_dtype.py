@@ -17,6 +17,7 @@ from modelathe.ir import (
     fingerprint,
     kept_calls,
     main_dtype,
+    parameter_count,
     to_text,
     verify,
 )
@@ -240,6 +241,11 @@ def test_the_pipeline_accepts_it(name: str) -> None:
     steps = Pipeline([ConvertDtype(to="float16", keep=("norms",))], context())(program(name)).steps
     assert "weights converted to float16" in str(steps[-1].remarks[-1])
     assert steps[-1].measured.known()
+
+
+def test_what_was_no_parameter_becomes_none() -> None:
+    before = canonical("llama")
+    assert parameter_count(canonical_in("bfloat16", "llama")) == parameter_count(before)
 
 
 def test_what_nothing_answers_to_is_said() -> None:
