@@ -13,17 +13,16 @@ row is neither good nor refused.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from architectures import ARCHITECTURES, Architecture
+from architectures import Architecture
 from coverage import compare_with_transformers
+from tables import print_table
 
 from modelathe.backends import Checkpoint
 from modelathe.ir import LoweringError, ModelatheError, PassError, Program, capture
@@ -113,20 +112,7 @@ def measure(architecture: Architecture) -> Row:
 
 def main() -> int:
     """Print the table; return 1 when a row is neither good nor refused."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help="rows to measure; all by default")
-    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
-    arguments = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    chosen = [a for a in ARCHITECTURES.values() if not arguments.names or a.name in arguments.names]
-    separator = " | " if arguments.markdown else "  "
-    print(separator.join(HEAD))
-    if arguments.markdown:
-        print(separator.join("---" for _ in HEAD))
-    rows = []
-    for architecture in chosen:
-        rows.append(measure(architecture))
-        print(separator.join(rows[-1].cells()), flush=True)
+    rows = print_table(__doc__, HEAD, measure)
     good = sum(row.verdict == "good" for row in rows)
     refused = sum(row.verdict.startswith("refused") for row in rows)
     print(f"\n{good} of {len(rows)} rows good, {refused} refused")

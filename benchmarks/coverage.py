@@ -12,18 +12,17 @@ good.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from architectures import ARCHITECTURES, Architecture
+from architectures import Architecture
+from tables import print_table
 
 from modelathe.backends import Onnx
 from modelathe.ir import (
@@ -161,20 +160,7 @@ def measure(architecture: Architecture) -> Row:
 
 def main() -> int:
     """Print the table; return 1 when a row is not good."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help="rows to measure; all by default")
-    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
-    arguments = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    chosen = [a for a in ARCHITECTURES.values() if not arguments.names or a.name in arguments.names]
-    separator = " | " if arguments.markdown else "  "
-    print(separator.join(HEAD))
-    if arguments.markdown:
-        print(separator.join("---" for _ in HEAD))
-    rows = []
-    for architecture in chosen:
-        rows.append(measure(architecture))
-        print(separator.join(rows[-1].cells()), flush=True)
+    rows = print_table(__doc__, HEAD, measure)
     good = sum(row.good for row in rows)
     print(f"\n{good} of {len(rows)} rows good")
     return 0 if good == len(rows) else 1
