@@ -107,9 +107,11 @@ class Weights(Mapping[str, Weight]):
 
     def is_parameter(self, name: str) -> bool:
         """Tell whether a weight is a floating-point number table that training may change."""
+        return self[name].dtype.is_floating_point and not self._is_buffer(name)
+
+    def _is_buffer(self, name: str) -> bool:
         parts = name.split(".")
-        known = any(".".join(parts[:end]) in self.buffers for end in range(1, len(parts) + 1))
-        return self[name].dtype.is_floating_point and not known
+        return any(".".join(parts[:end]) in self.buffers for end in range(1, len(parts) + 1))
 
     def add(self, name: str, weight: Weight) -> str:
         """Add ``weight`` under ``name``, or ``name_1`` ... when that is taken; return the name."""
@@ -128,6 +130,9 @@ class Weights(Mapping[str, Weight]):
         """Drop every weight that is not in ``names``, and the aliases of those."""
         self._weights = {name: w for name, w in self._weights.items() if name in names}
         self.aliases = {a: name for a, name in self.aliases.items() if name in names}
+        # By their own names: what a kept one is derived from may be gone, and its name free again.
+        left = (*self._weights, *self.aliases)
+        self.buffers = frozenset(name for name in left if self._is_buffer(name))
 
 
 def is_finite(tensor: Tensor) -> bool:

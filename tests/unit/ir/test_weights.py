@@ -250,6 +250,22 @@ def test_an_alias_reads_the_weight_that_it_stands_for() -> None:
     assert (list(weights), weights.aliases) == (["v"], {})
 
 
+def test_a_name_that_a_buffer_left_is_free_for_a_parameter() -> None:
+    weights = Weights(
+        {"angles": TensorWeight(seeded(1)), "w": TensorWeight(seeded(2))}, {}, ["angles"]
+    )
+    weights.keep_only({"w"})
+    assert weights.buffers == frozenset()
+    assert weights.is_parameter(weights.add("angles", TensorWeight(seeded(1))))
+
+
+def test_what_is_made_of_a_buffer_stays_one_when_that_is_gone() -> None:
+    weights = Weights({"angles": TensorWeight(seeded(1))}, {}, ["angles"])
+    made = weights.add("angles.folded", TensorWeight(seeded(1)))
+    weights.keep_only({made})
+    assert not weights.is_parameter(made)
+
+
 def test_a_content_hash_knows_dtype_shape_and_bytes() -> None:
     values = [seeded(4), seeded(2, 2), seeded(4).bfloat16(), -seeded(4), torch.zeros(0)]
     assert len({content_hash(value) for value in values}) == len(values)
