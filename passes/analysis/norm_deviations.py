@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 import torch
@@ -20,10 +21,12 @@ class Deviation:
     Attributes:
         usual: of all tokens that are none of the special ones.
         first: of the first token of a text; None where the norm's input has no token axis.
+        spread: one standard deviation of those that ``usual`` is the mean of.
     """
 
     usual: float
     first: float | None
+    spread: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +86,39 @@ def norm_deviations(program: Program, context: PassContext) -> NormDeviations:
 
 
 @dataclass(slots=True)
+class _Sums:
+    """What one norm divides by, summed up: the usual ones, their squares, and the first ones."""
+
+    usual: float = 0.0
+    squares: float = 0.0
+    count: int = 0
+    first: float = 0.0
+    firsts: int = 0
+
+    def add(self, usual: Tensor, first: Tensor | None) -> None:
+        self.usual += float(usual.sum())
+        self.squares += float(usual.square().sum())
+        self.count += usual.numel()
+        if first is not None:
+            self.first += float(first.sum())
+            self.firsts += first.numel()
+
+    def mean(self) -> Deviation:
+        count = max(1, self.count)
+        usual = self.usual / count
+        spread = max(0.0, self.squares / count - usual**2) ** 0.5
+        first = _short(self.first / self.firsts) if self.firsts else None
+        return Deviation(_short(usual), first, _short(spread))
+
+
+@dataclass(slots=True)
 class _Meter:
     """Sums deviations while a program runs, in float64."""
 
     program: Program
     end: int | None
     tokens: Tensor = field(default_factory=lambda: torch.empty(0))
-    sums: dict[str, list[float]] = field(default_factory=dict)
+    sums: dict[str, _Sums] = field(default_factory=lambda: defaultdict(_Sums))
     _norms: dict[fx.Node, list[tuple[str, Norm]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -101,27 +130,17 @@ class _Meter:
     def observe(self, node: fx.Node, value: Tensor) -> None:
         for key, norm in self._norms.get(node, ()):
             found = deviation(value, norm.kind, norm.eps).double()
-            sums = self.sums.setdefault(key, [0.0, 0, 0.0, 0])
             if found.shape != self.tokens.shape:
-                sums[0] += float(found.sum())
-                sums[1] += found.numel()
+                self.sums[key].add(found, None)
                 continue
             usual = torch.ones_like(self.tokens, dtype=torch.bool)
             usual[:, 0] = False
             if self.end is not None:
                 usual &= self.tokens != self.end
-            sums[0] += float(found[usual].sum())
-            sums[1] += int(usual.sum())
-            sums[2] += float(found[:, 0].sum())
-            sums[3] += len(found)
+            self.sums[key].add(found[usual], found[:, 0])
 
     def means(self) -> dict[str, Deviation]:
-        return {
-            name: Deviation(
-                _short(total / max(1, count)), _short(first / firsts) if firsts else None
-            )
-            for name, (total, count, first, firsts) in self.sums.items()
-        }
+        return {name: sums.mean() for name, sums in self.sums.items()}
 
 
 def _short(value: float) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import partial
 
-import torch
 from torch import Tensor, fx
 
 from ...ir import ComputedWeight, Linear, Norm, Program, Weight, insert_call, is_weight
@@ -46,18 +45,20 @@ class Freezer:
 
     program: Program
     made: dict[tuple[str, str], str] = field(default_factory=dict)
-    masks: dict[tuple[int, bool], fx.Node] = field(default_factory=dict)
 
-    def freeze(self, graph: fx.Graph, norm: Norm, constant: Constant, centred: bool) -> str | None:
+    def freeze(
+        self, norm: Norm, constant: Constant, centred: bool, factor: fx.Node | None
+    ) -> str | None:
         """Replace a norm; return what is left of it, or None where nothing is.
 
         Args:
-            graph: that the norm is in.
             norm: over one dimension, its gain and bias weights or none.
             constant: what it divides by.
             centred: whether its input is known to have mean zero.
+            factor: what brings special tokens to the usual deviation.
         """
-        value = self._scaled(graph, norm, constant)
+        graph = norm.node.graph
+        value = norm.input if factor is None else self._product(graph, norm, factor)
         linears, others = readers(norm.node)
         plain = norm.gain is None and norm.bias is None
         if plain and linears and not others and self._own(linears):
@@ -109,23 +110,9 @@ class Freezer:
             self.made[name, rule] = self.program.add_weight(f"{name}.frozen", folded)
         return self.made[name, rule]
 
-    def _scaled(self, graph: fx.Graph, norm: Norm, constant: Constant) -> fx.Node:
-        """Return the norm's input, with special tokens brought to the usual deviation."""
-        if constant.first is None:
-            return norm.input
-        special = self._special(graph, norm, constant.ends)
-        share = constant.usual / constant.first
-        call = partial(insert_call, graph, before=norm.node, like=norm.node)
-        factor = call(aten.mul.Tensor, (special, share - 1.0))
-        factor = call(aten.add.Tensor, (factor, 1.0))
-        return call(aten.mul.Tensor, (norm.input, factor))
-
-    def _special(self, graph: fx.Graph, norm: Norm, ends: bool) -> fx.Node:
-        """Return 1 at special tokens and 0 elsewhere, [batch, sequence, 1] in the norm's dtype."""
-        key = (id(graph), ends)
-        if key not in self.masks:
-            self.masks[key] = special_tokens(self.program, graph, norm, ends)
-        return self.masks[key]
+    def _product(self, graph: fx.Graph, norm: Norm, factor: fx.Node) -> fx.Node:
+        args = (norm.input, factor)
+        return insert_call(graph, aten.mul.Tensor, args, before=norm.node, like=norm.node)
 
     def _affine(self, graph: fx.Graph, norm: Norm, value: fx.Node, usual: float) -> fx.Node:
         call = partial(insert_call, graph, before=norm.node, like=norm.node)
@@ -151,39 +138,3 @@ class Freezer:
 def _divide(usual: float, centre: bool, weight: Tensor) -> Tensor:
     wide = weight.double()
     return (wide - wide.mean(-1, keepdim=True) if centre else wide) / usual
-
-
-def knows_first(graph: fx.Graph) -> bool:
-    """Tell whether a graph can tell the first token of a text from one that follows a cache."""
-    names = [str(node.target) for node in graph.find_nodes(op="placeholder")]
-    cached = any(name.startswith("past_key_values.") for name in names)
-    return "position_ids" in names or not cached
-
-
-def special_tokens(program: Program, graph: fx.Graph, norm: Norm, ends: bool) -> fx.Node:
-    """Insert what is 1 at first positions (and end-of-text tokens) and 0 elsewhere.
-
-    Returns:
-        [batch, sequence, 1] or [sequence, 1], in the dtype of the norm's input.
-    """
-    inputs = {str(node.target): node for node in graph.find_nodes(op="placeholder")}
-    first = next(node for node in graph.nodes if node.op == "call_function")
-    like = first
-    positions = inputs.get("position_ids")
-    if positions is not None:
-        found = insert_call(graph, aten.eq.Scalar, (positions, 0), before=first, like=like)
-    else:
-        ids = next(node for name, node in inputs.items() if name.endswith("input_ids"))
-        size = insert_call(graph, aten.sym_size.int, (ids, 1), before=first, like=like)
-        places = insert_call(graph, aten.arange.default, (size,), before=first, like=like)
-        found = insert_call(graph, aten.eq.Scalar, (places, 0), before=first, like=like)
-    if ends:
-        ids = next(node for name, node in inputs.items() if name.endswith("input_ids"))
-        end = program.config["eos_token_id"]
-        more = insert_call(graph, aten.eq.Scalar, (ids, end), before=first, like=like)
-        found = insert_call(graph, aten.logical_or.default, (found, more), before=first, like=like)
-    column = insert_call(graph, aten.unsqueeze.default, (found, -1), before=first, like=like)
-    dtype: torch.dtype = norm.input.meta["val"].dtype
-    return insert_call(
-        graph, aten._to_copy.default, (column,), {"dtype": dtype}, before=first, like=like
-    )

@@ -29,19 +29,19 @@ class NormSwitch(Switch):
     Args:
         norm: the call that it replaces.
         path: which of the paths it is on.
-        start: the deviation to begin with.
-        first: whether first tokens have a constant of their own to begin with.
+        start: the deviation to begin with; first tokens begin with a constant of their own where it
+            has one for them.
         ends: whether end-of-text tokens have that too.
         end: the end-of-text token.
     """
 
     def __init__(
-        self, norm: Norm, path: Path, start: Deviation, first: bool, ends: bool, end: int | None
+        self, norm: Norm, path: Path, start: Deviation, ends: bool, end: int | None
     ) -> None:
         super().__init__()
         self.kind, self.eps, self.path, self.end = norm.kind, norm.eps, path, end
-        first = first and start.first is not None
-        value = start.first if first and start.first is not None else start.usual
+        first = start.first is not None
+        value = start.usual if start.first is None else start.first
         self.register_buffer("usual", torch.tensor(start.usual, dtype=torch.float64))
         self.register_buffer("special", torch.tensor(value, dtype=torch.float64))
         self.register_buffer("frozen", torch.tensor(False))

@@ -16,8 +16,9 @@ from ..data import TokenWindows
 from ..fidelity import Reference
 from ..spec import to_spec
 from ..training.switches import SWITCH, Switch, SwitchingPass
+from .first_tokens import first_factors, knows_first
 from .fold_norms import FoldNorms
-from .freezing import NO_MEAN, Constant, Freezer, knows_first
+from .freezing import NO_MEAN, Constant, Freezer
 from .norm_switch import NormSwitch, turn
 from .paths import ORDER, Path, path_of_norm, rejoin, separate, split_fused
 from .residual import Stream
@@ -26,6 +27,7 @@ from .tied_streams import center_stream, tied_stream
 # What a marked norm carries for its switch.
 _PATH, _USUAL, _FIRST = "path", "deviation", "first"
 _CHECK_WINDOWS = 16
+_UNLIKE = 2  # standard deviations by which first tokens differ where they get their own constant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,8 @@ class RemoveNorms(SwitchingPass):
 
     which is affine, so it goes into the weights of the linears that read it: no norm is left.
     First tokens of a text, which attention loads with several times the deviation, may have a
-    constant of their own: one product stays for it.  This only freezes; ``heal`` trains.
+    constant of their own, where theirs is further from s than two standard deviations of the other
+    tokens': one product stays for it.  This only freezes; ``heal`` trains.
 
     With ``schedule="progressive"`` outputs stay as they are: every norm gets a mark, one for each
     path (MLP, query and key, value, final), and a following ``heal`` freezes them one by one while
@@ -55,8 +58,9 @@ class RemoveNorms(SwitchingPass):
 
     Attributes:
         target_kl: nats per token at which to stop; none: freeze all.
-        first_position: give first tokens a constant of their own.
-        end_of_text: give end-of-text tokens that constant too, on the way to values.
+        first_position: give first tokens a constant of their own where they are unlike others.
+        end_of_text: give end-of-text tokens that constant too, where there is one, on the way to
+            values.
         schedule: all: freeze now; progressive: let ``heal`` freeze, norm by norm.
         untie: give a tied head a folded copy of its own.
 
@@ -108,7 +112,7 @@ class RemoveNorms(SwitchingPass):
     def run(self, program: Program, context: PassContext) -> PassResult:
         if self.schedule == "progressive" or self.end_of_text:
             _separate_paths(program)
-        missed = _refusals(program, self.untie)
+        missed = refusals(program, self.untie)
         sites = {name: path for name, path in _sites(program).items() if name not in missed}
         remarks = [Remark("missed", name, why) for name, why in missed.items()]
         measured = self._measured(program, context, remarks)
@@ -130,22 +134,30 @@ class RemoveNorms(SwitchingPass):
     def _measured(
         self, program: Program, context: PassContext, remarks: list[Remark]
     ) -> dict[str, Deviation]:
-        """Return what norms divide by; without first tokens' own where they cannot be told."""
+        """Return what norms divide by; with ``first`` only where it is to be used."""
         measured = norm_deviations(program, context).norms
+        if not self.first_position:
+            return {key: replace(found, first=None) for key, found in measured.items()}
         for name, graph in program.graphs.items():
-            if not self.first_position or knows_first(graph):
+            if knows_first(graph):
                 continue
             why = "it has a cache and reads no positions: first tokens get no constant of their own"
             remarks.append(Remark("missed", name, why))
             for node in graph.nodes:
                 if (key := call_key(name, node)) in measured:
                     measured[key] = replace(measured[key], first=None)
-        return measured
+        special = {key for key, found in measured.items() if _is_special(found)}
+        if not special:
+            why = f"they are within {_UNLIKE} standard deviations of the others at every norm"
+            remarks.append(Remark("missed", "first tokens", why))
+        return {
+            key: found if key in special else replace(found, first=None)
+            for key, found in measured.items()
+        }
 
     def _constant(self, found: Deviation, path: Path) -> Constant:
-        first = found.first if self.first_position else None
-        ends = self.end_of_text and path == "value" and first is not None
-        return Constant(found.usual, first, ends)
+        ends = self.end_of_text and path == "value" and found.first is not None
+        return Constant(found.usual, found.first, ends)
 
     def _within_target(
         self, program: Program, plan: Mapping[str, Constant], context: PassContext
@@ -184,7 +196,6 @@ class RemoveNorms(SwitchingPass):
             norm,
             path,
             Deviation(float(marks[_USUAL]), first),
-            self.first_position,
             self.end_of_text and path == "value",
             end if isinstance(end, int) else None,
         )
@@ -215,6 +226,11 @@ class RemoveNorms(SwitchingPass):
         return PassResult(result.program, (*result.remarks, *kept))
 
 
+def _is_special(found: Deviation) -> bool:
+    """Tell whether first tokens are unlike the others, as far as these are alike."""
+    return found.first is not None and abs(found.first - found.usual) > _UNLIKE * found.spread
+
+
 def _first(plan: Mapping[str, Constant], count: int) -> dict[str, Constant]:
     return dict(list(plan.items())[:count])
 
@@ -237,8 +253,8 @@ def _sites(program: Program) -> dict[str, Path]:
     return dict(sorted(found.items(), key=lambda site: ORDER.index(site[1])))
 
 
-def _refusals(program: Program, untie: bool) -> dict[str, str]:
-    """Return why norms cannot be frozen, by key."""
+def refusals(program: Program, untie: bool) -> dict[str, str]:
+    """Return why norms cannot be frozen, by key of their call."""
     trial = program.editable()
     FoldNorms(untie=untie).run(trial, PassContext())
     freezer = Freezer(trial)
@@ -293,11 +309,12 @@ def frozen(program: Program, plan: Mapping[str, Constant], untie: bool) -> PassR
             assert stream is not None
             center_stream(program, stream)
             centred.add(key)
+    factors = first_factors(program, {key: plan[key] for key in sites})
     for key, norm in sites.items():
         constant = plan[key]
         now = Norm.match(norm.node)  # its input may be a centred value now
         assert now is not None
-        left = freezer.freeze(norm.node.graph, now, constant, key in centred)
+        left = freezer.freeze(now, constant, key in centred, factors.get(key))
         text = f"divides by {constant.usual:.4g}"
         if constant.first is not None:
             text += f", first tokens by {constant.first:.4g}"
