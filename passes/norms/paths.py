@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import operator
+from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
+import torch
 from torch import Tensor, fx
 
-from ...ir import Attention, ComputedWeight, Linear, Norm, Program, block_of, insert_call, is_weight
+from ...ir import (
+    Attention,
+    ComputedWeight,
+    Linear,
+    Norm,
+    Program,
+    block_of,
+    insert_call,
+    is_weight,
+    mark,
+    marks_of,
+)
 from ...ir.calls import argument, aten
+from .gains import bias_name
+
+PART = "part"
+"""The mark of a linear that is a part of one: ``count of weight``, that one's."""
 
 Path = Literal["mlp", "query-key", "value", "final"]
 ORDER: tuple[Path, ...] = ("mlp", "query-key", "value", "final")
@@ -64,7 +83,7 @@ def split_fused(program: Program, graph: fx.Graph) -> list[fx.Node]:
 
     ``split(W x + b, n)`` becomes one linear of the rows before the values and one of the values'
     rows; the same numbers.  Returns the new value linears.  What is not cut into equal parts along
-    the last dimension, such as heads that interleave, stays as it is.
+    the last dimension, such as heads that interleave, stays as it is.  ``rejoin`` undoes it.
     """
     paths = Paths.of(graph)
     made = []
@@ -129,6 +148,7 @@ def _split(
         new = insert_call(
             graph, aten.linear.default, (linear.input, *weights), before=node, like=node
         )
+        mark(new, PART, f"{len(parts)} of {linear.weight.target}")
         part.replace_all_uses_with(new)
         made.append(new)
     for dead in (*parts, cut, node):
@@ -175,8 +195,11 @@ def separate(graph: fx.Graph, norm: Norm) -> None:
             user.replace_input_with(norm.node, copy)
 
 
-def rejoin(graph: fx.Graph) -> None:
-    """Make norms with the same input, gain and bias one again."""
+def rejoin(program: Program, graph: fx.Graph) -> None:
+    """Make norms with the same input, gain and bias one again, and linears that one was split into.
+
+    Those stay apart whose inputs differ by now.
+    """
     seen: dict[tuple[object, ...], fx.Node] = {}
     for node in list(graph.nodes):
         norm = Norm.match(node)
@@ -187,6 +210,44 @@ def rejoin(graph: fx.Graph) -> None:
         if first is not node:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
+    wholes: dict[tuple[str, fx.Node, bool], list[Linear]] = defaultdict(list)
+    for node in graph.nodes:
+        linear, text = Linear.match(node), marks_of(node).get(PART)
+        if linear is not None and text is not None:
+            wholes[text, linear.input, linear.bias is None].append(linear)
+            mark(node, PART, None)
+    for (text, _, _), parts in wholes.items():
+        count, _, name = text.partition(" of ")
+        if len(parts) == int(count):
+            _join(program, name, parts)
+
+
+def _join(program: Program, name: str, parts: list[Linear]) -> None:
+    """Replace linears with one input by one, whose output is cut into theirs."""
+    first = parts[0]
+    graph, place = first.node.graph, first.node
+
+    def joined(sources: list[fx.Node], name: str) -> fx.Node:
+        rows = [program.weight(source) for source in sources]
+        shape = (sum(row.shape[0] for row in rows), *rows[0].shape[1:])
+        whole = ComputedWeight("join rows", rows, shape, rows[0].dtype, _stacked)
+        return program.weight_node(graph, program.add_weight(name, whole), before=place)
+
+    call = partial(insert_call, graph, before=place, like=place)
+    weight = joined([part.weight for part in parts], f"{name}.joined")
+    biases = [part.bias for part in parts if part.bias is not None]
+    bias = joined(biases, f"{bias_name(name)}.joined") if biases else None
+    size = int(place.meta["val"].shape[-1])
+    linear = call(aten.linear.default, (first.input, weight, bias))
+    cut = call(aten.split.Tensor, (linear, size, -1))
+    made = [call(operator.getitem, (cut, number)) for number in range(len(parts))]
+    for part, new in zip(parts, made, strict=True):
+        part.node.replace_all_uses_with(new)
+        graph.erase_node(part.node)
+
+
+def _stacked(*rows: Tensor) -> Tensor:
+    return torch.cat(rows)
 
 
 def _path(paths: Paths, norm: Norm, user: fx.Node) -> Path:

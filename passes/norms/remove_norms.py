@@ -110,11 +110,15 @@ class RemoveNorms(SwitchingPass):
             )
 
     def run(self, program: Program, context: PassContext) -> PassResult:
+        whole = program
         if self.schedule == "progressive" or self.end_of_text:
+            program = program.editable()
             _separate_paths(program)
         missed = refusals(program, self.untie)
         sites = {name: path for name, path in _sites(program).items() if name not in missed}
         remarks = [Remark("missed", name, why) for name, why in missed.items()]
+        if not sites:
+            return PassResult(whole, tuple(remarks))
         measured = self._measured(program, context, remarks)
         if self.schedule == "progressive":
             for key, norm in _norms(program).items():
@@ -123,13 +127,13 @@ class RemoveNorms(SwitchingPass):
                     mark(norm.node, _PATH, sites[key])
                     mark(norm.node, _USUAL, repr(measured[key].usual))
                     mark(norm.node, _FIRST, repr(measured[key].first))
-            if sites:
-                text = f"{len(sites)} norms marked: heal freezes them, nothing is removed before"
-                remarks.append(Remark("applied", "norms", text))
+            text = f"{len(sites)} norms marked: heal freezes them, nothing is removed before"
+            remarks.append(Remark("applied", "norms", text))
             return PassResult(program, tuple(remarks))
         plan = {name: self._constant(measured[name], path) for name, path in sites.items()}
         result = self._within_target(program, plan, context)
-        return PassResult(result.program, (*remarks, *result.remarks))
+        kept = result.program if result.modified else whole
+        return PassResult(kept, (*remarks, *result.remarks))
 
     def _measured(
         self, program: Program, context: PassContext, remarks: list[Remark]
@@ -295,7 +299,7 @@ def frozen(program: Program, plan: Mapping[str, Constant], untie: bool) -> PassR
     """
     if not plan:
         for graph in program.graphs.values():
-            rejoin(graph)
+            rejoin(program, graph)
         return PassResult(program)
     folded = FoldNorms(untie=untie).run(program, PassContext())
     program = folded.program
@@ -322,6 +326,6 @@ def frozen(program: Program, plan: Mapping[str, Constant], untie: bool) -> PassR
         if left:
             remarks.append(Remark("missed", key, f"leaves {left}"))
     for graph in program.graphs.values():
-        rejoin(graph)
+        rejoin(program, graph)
     program.clean()
     return PassResult(program, tuple(remarks))

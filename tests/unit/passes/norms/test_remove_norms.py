@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import fx
 
-from modelathe.ir import Linear, Norm, PassError, Program, fingerprint, marks_of
+from modelathe.ir import Linear, Norm, PassError, Program, call_name, fingerprint, marks_of
 from modelathe.passes import Fidelity, Heal, PassResult, Pipeline, RemoveNorms
 from modelathe.passes.analysis.norm_deviations import deviation, norm_deviations
 from modelathe.passes.norms.freezing import Constant
 from modelathe.passes.norms.norm_switch import NormSwitch
-from modelathe.passes.norms.paths import path_of_norm
+from modelathe.passes.norms.paths import path_of_norm, rejoin, split_fused
 from modelathe.passes.norms.remove_norms import frozen
 from modelathe.passes.probes import feeds
 from support.models import canonical
-from support.numeric import worst_error
+from support.numeric import assert_same_bits, worst_error
 from support.training import SHORT, context, text
 
 UNTIED: dict[str, Any] = {"untie": True}
@@ -178,8 +178,40 @@ def test_healing_freezes_what_is_marked_and_folds_it() -> None:
     marked = removed("gpt2", schedule="progressive", **UNTIED).program
     result = Heal(**SHORT)(marked, context())
     assert not norms(result.program)
-    names = {str(node.target) for node in result.program.graph.nodes}
-    assert "aten.eq.Scalar" not in names  # first tokens are not special any more
+    calls = [call_name(node) for node in result.program.graph.nodes]
+    assert "aten.eq.Scalar" not in calls  # first tokens are not special any more
+    # nor are queries, keys and values apart
+    assert calls.count("aten.linear") == len(linears(canonical("gpt2")))
+    assert len(result.program.graph.nodes) < len(canonical("gpt2").graph.nodes)
+
+
+def test_parts_of_a_linear_stay_apart_where_what_they_read_differs() -> None:
+    program = canonical("gpt2")
+    split = program.editable()
+    for node in split_fused(split, split.graph):
+        scaled = split.graph.call_function(torch.ops.aten.mul.Tensor, (node.args[0], 2.0))
+        node.prepend(scaled)
+        scaled.meta |= {"val": node.args[0].meta["val"]}
+        node.replace_input_with(node.args[0], scaled)
+    before = len(linears(split))
+    rejoin(split, split.graph)
+    assert len(linears(split)) == before > len(linears(program))
+    assert not any(marks_of(node) for node in split.graph.nodes)
+
+
+def test_a_split_and_a_joined_linear_are_the_same() -> None:
+    program = canonical("gpt2")
+    split = program.editable()
+    assert split_fused(split, split.graph)
+    rejoin(split, split.graph)
+    assert_same_bits(split.run(inputs(program)), program.run(inputs(program)))
+    assert len(linears(split)) == len(linears(program))
+
+
+def test_paths_that_were_separated_for_nothing_are_one_again() -> None:
+    result = removed("gpt2", target_kl=1e-12, end_of_text=True, **UNTIED)
+    assert not result.modified
+    assert fingerprint(result.program) == fingerprint(canonical("gpt2"))
 
 
 def test_a_short_target_leaves_norms_live_and_says_so() -> None:
