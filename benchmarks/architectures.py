@@ -113,14 +113,20 @@ class Architecture:
 
         return AutoConfig.for_model(self.model_type, **self.options)
 
-    def model(self, seed: int = 0) -> nn.Module:
-        """Return a float32 model in evaluation mode with perturbed random weights."""
+    def model(self, seed: int = 0, mean: float = 0.0) -> nn.Module:
+        """Return a float32 model in evaluation mode with perturbed random weights.
+
+        Args:
+            seed: of the weights.
+            mean: of embeddings and biases, which write the residual stream.
+        """
         import transformers
 
         options = {"experts_implementation": self.experts} if self.experts else {}
         torch.manual_seed(seed)
         model: nn.Module = getattr(transformers, self.auto).from_config(self.config(), **options)
         perturb(model, seed)
+        shift(model, mean)
         return model.eval()
 
 
@@ -146,6 +152,15 @@ def perturb(model: nn.Module, seed: int = 0) -> None:
                 buffer.add_(0.2 * noise(buffer))
             elif name.endswith("running_var"):
                 buffer.mul_(1 + 0.5 * noise(buffer).abs())
+
+
+def shift(model: nn.Module, mean: float) -> None:
+    """Add a number to the rows of embeddings and to all biases."""
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    biases = [value for name, value in model.named_parameters() if name.endswith("bias")]
+    with torch.no_grad():
+        for parameter in {id(value): value for value in (*tables, *biases)}.values():
+            parameter.add_(mean)
 
 
 # What one family has and no other.
