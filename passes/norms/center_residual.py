@@ -11,6 +11,7 @@ from ...ir import Linear, Norm, Program, insert_call
 from ..base import Fidelity, Pass, PassContext, PassResult, Remark
 from ..canonical.match import aten
 from .channels import origin
+from .gains import hand_on
 from .readers import elsewhere, in_order, named, tied, untied
 from .residual import Stream, Writer, center_writers, find_streams, other_reader
 
@@ -154,6 +155,7 @@ def _replace(stream: Stream) -> list[Remark]:
             continue
         args = (found.input, list(found.sizes), found.gain, found.eps)
         call = insert_call(node.graph, aten.rms_norm.default, args, before=node, like=node)
+        hand_on(node, call)
         node.replace_all_uses_with(call)
         node.graph.erase_node(node)
         remarks.append(Remark("applied", call.name, f"RMSNorm in the place of %{node.name}"))

@@ -14,10 +14,12 @@ from ...ir import (
     QuantizedLinear,
     call_name,
     is_weight,
+    marks_of,
 )
 from ..base import Remark
 from .affine import ChannelMap, Product, Side, folded_weights, layout
 from .channels import carried, origin
+from .gains import EQUALIZED, KEPT
 from .readers import elsewhere, tied, untied
 
 
@@ -130,6 +132,8 @@ def _decide(
 def _ways(site: Site) -> tuple[list[_Fold], list[str]]:
     """Return the possible folds of a site, the better one first, and why others are not."""
     before, after = _producer(site), _consumers(site)
+    if EQUALIZED in marks_of(site.node):
+        after = KEPT
     ways: list[_Fold] = []
     if not isinstance(before, str):
         ways.append(_Fold(site, "outputs", (before,)))

@@ -7,8 +7,9 @@ from functools import partial
 
 from torch import Tensor, fx
 
-from ...ir import ComputedWeight, Linear, Norm, Program, Weight, insert_call, is_weight
+from ...ir import ComputedWeight, Linear, Norm, Program, Weight, insert_call, is_weight, marks_of
 from ...ir.calls import aten
+from .gains import EQUALIZED, KEPT
 from .readers import readers
 
 NO_MEAN = "its mean over the width cannot be taken out of what writes its input"
@@ -83,6 +84,7 @@ class Freezer:
         folds = plain and linears and not others and self._own(linears)
         if norm.kind == "layer" and not folds:
             why = f"%{others[0].name} reads it" if others else "its reader's weight is shared"
+            why = KEPT if EQUALIZED in marks_of(norm.node) else why
             return f"{why}, and {NO_MEAN}"
         return None
 

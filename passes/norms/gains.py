@@ -7,13 +7,20 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
-from ...ir import ComputedWeight, Linear, Norm, Program, QuantizedLinear, is_weight, marks_of
+from ...ir import ComputedWeight, Linear, Norm, Program, QuantizedLinear, is_weight, mark, marks_of
 from ..analysis.norm_placement import is_query_key_norm
 from ..base import Remark
 from .readers import elsewhere, in_order, named, nothing, readers, tied, untied
 
 EQUALIZED = "equalized"
 """The mark of a norm whose gain divides channels by scales that its readers multiply them with."""
+KEPT = "its gain equalises channels, which folding would undo: fold before equalising"
+
+
+def hand_on(norm: fx.Node, call: fx.Node) -> None:
+    """Let a call that takes the place of an equalised norm be known as one that equalises."""
+    if EQUALIZED in marks_of(norm):
+        mark(call, EQUALIZED, "true")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,7 +104,7 @@ def _unusual(norm: Norm) -> str:
     if not all(is_weight(part) for part in (norm.gain, norm.bias) if part is not None):
         return "its gain or bias is computed from activations"
     if EQUALIZED in marks_of(norm.node):
-        return "its gain equalises channels, which folding would undo: fold before equalising"
+        return KEPT
     if is_query_key_norm(norm.node):
         return "normalises queries or keys: attention reads it, and no linear"
     return ""

@@ -24,7 +24,7 @@ from ...ir import (
     marks_of,
 )
 from ...ir.calls import argument, aten
-from .gains import bias_name
+from .gains import bias_name, hand_on
 
 PART = "part"
 """The mark of a linear that is a part of one: ``count of weight``, that one's."""
@@ -191,6 +191,7 @@ def separate(graph: fx.Graph, norm: Norm) -> None:
             before=norm.node.next,
             like=norm.node,
         )
+        hand_on(norm.node, copy)
         for user in readers[path]:
             user.replace_input_with(norm.node, copy)
 

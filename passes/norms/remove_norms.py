@@ -19,6 +19,7 @@ from ..training.switches import SWITCH, Switch, SwitchingPass
 from .first_tokens import first_factors, knows_first
 from .fold_norms import FoldNorms
 from .freezing import NO_MEAN, Constant, Freezer
+from .gains import EQUALIZED, KEPT
 from .norm_switch import NormSwitch, turn
 from .paths import ORDER, Path, path_of_norm, rejoin, separate, split_fused
 from .residual import Stream
@@ -324,7 +325,8 @@ def frozen(program: Program, plan: Mapping[str, Constant], untie: bool) -> PassR
             text += f", first tokens by {constant.first:.4g}"
         remarks.append(Remark("applied", key, text))
         if left:
-            remarks.append(Remark("missed", key, f"leaves {left}"))
+            why = f": {KEPT}" if EQUALIZED in marks_of(norm.node) else ""
+            remarks.append(Remark("missed", key, f"leaves {left}{why}"))
     for graph in program.graphs.values():
         rejoin(program, graph)
     program.clean()

@@ -22,6 +22,7 @@ from ...ir import (
 from ..analysis.channel_moments import ChannelMoments
 from ..canonical.match import ADD, MUL, aten, operands, same_type
 from .channels import permutation, unpermuted
+from .gains import hand_on
 
 EPS = 1e-5  # of the batch norms that are made
 
@@ -190,6 +191,7 @@ def insert_rep_batch_norm(program: Program, node: fx.Node, parameters: RepParame
     settings = (False, 0.1, EPS, False)  # not training, momentum, eps, no cudnn
     normal = call(aten.batch_norm.default, x, *statistics, *settings)
     result = call(aten.add.Tensor, normal, call(aten.mul.Tensor, x, alpha))
+    hand_on(node, result)
     return call(aten.transpose.int, result, 1, value.dim() - 1) if swap else result
 
 

@@ -60,8 +60,8 @@ class Equalize(Pass):
     residual sum; what another call than those above lies behind (gelu); weights that an embedding
     shares; linears that are quantised already, since scaling would change the grid; values that an
     encoder-decoder caches; pairs that no scale helps.  A group size that does not divide is an
-    error, and so is a glob that matches nothing.  ``fold-norms`` leaves a norm that was scaled
-    alone: it would undo this.
+    error, and so is a glob that matches nothing.  A norm that was scaled, and what takes its place,
+    keeps its gain: ``fold-norms`` and the other folds leave it alone, because they would undo this.
 
     Attributes:
         kind: against rounded weights, or against rounded weights and activations.
