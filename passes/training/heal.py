@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -27,7 +27,7 @@ from ..outputs import runner
 from ..spec import to_spec
 from .adapters import LowRank, add_low_rank, merged_weight
 from .batches import Batches, training_batches
-from .optimizers import depth_shares, make_optimizer
+from .optimizers import call_shares, depth_shares, make_optimizer
 from .penalty import deviation_penalty
 from .switches import Switch, by_key, marked_passes, put_switches
 from .trainer import Plan, Record, Student, Trainer
@@ -76,7 +76,8 @@ class Heal(Pass):
         batch: tokens in a step.
         length: tokens in a window; none: the context's calibration length, at most the model's.
         lr: peak of the learning rate; none: min(6e-4, 0.3 / width), ten times that for lora, a
-            twentieth for scales.
+            twentieth for scales.  What marked calls learn (a RepBN) gets the rate of full weights:
+            a tenth of it with lora, twenty times it with scales.
         weights: full: every parameter; lora: a low-rank update of every linear, merged at the end;
             norms: gains and biases of norms; scales: the scales of quantised weights.
         rank: of lora.
@@ -154,11 +155,9 @@ class Heal(Pass):
         updates = self._updates(trainee, context.seed)
         student = Student(trainee)
         trained = self._chosen(program, student, updates)
-        turned = [switch for group in switches.values() for switch in group.values()]
-        learned = {
-            f"switch.{i}.{n}": p for i, s in enumerate(turned) for n, p in s.named_parameters()
-        }
-        shares = depth_shares(program, self.layer_decay)
+        turned = {node: switch for group in switches.values() for node, switch in group.items()}
+        learned, shares = self._learned(trainee, turned)
+        shares |= depth_shares(program, self.layer_decay)
         for name, update in updates.items():
             shares |= {f"{name}.{part}": shares[name] for part, _ in update.named_parameters()}
         steps = self.steps or max(1, self.tokens // batches.tokens)
@@ -172,7 +171,7 @@ class Heal(Pass):
             warmup=self.warmup,
             patience=self.patience,
             before=_turning(program, switches, steps),
-            turned=(lambda: sum(s.turned for s in turned) / len(turned)) if turned else None,
+            turned=_share_turned(turned.values()) if turned else None,
             penalty=self._penalty(program, trainee),
             key=self._key(program, context, batches),
         )
@@ -231,6 +230,18 @@ class Heal(Pass):
             )
         return chosen
 
+    def _learned(
+        self, trainee: Program, switches: Mapping[fx.Node, Switch]
+    ) -> tuple[dict[str, nn.Parameter], dict[str, float]]:
+        """Return what switches learn, by name, and the share of the rate that it gets."""
+        depths = call_shares(trainee, self.layer_decay)
+        learned, shares = {}, {}
+        for number, (node, switch) in enumerate(switches.items()):
+            for name, parameter in switch.named_parameters():
+                learned[f"switch.{number}.{name}"] = parameter
+                shares[f"switch.{number}.{name}"] = depths[node] / _RATES.get(self.weights, 1.0)
+        return learned, shares
+
     def _rate(self, program: Program) -> float:
         if self.lr is not None:
             return self.lr
@@ -252,13 +263,17 @@ class Heal(Pass):
 
 _MIX = 0.5
 _AUXILIARY = 0.1  # weight of its term, after remove-norms
-_RATES = {"lora": 10.0, "scales": 0.05}
+_RATES = {"lora": 10.0, "scales": 0.05}  # as multiples of the rate of full weights
 _MEANT = {
     "full": "parameter",
     "lora": "linear with a weight of its own",
     "norms": "norm with a gain",
     "scales": "quantised weight",
 }
+
+
+def _share_turned(switches: Collection[Switch]) -> Callable[[], float]:
+    return lambda: sum(switch.turned for switch in switches) / len(switches)
 
 
 def _removed_norms(program: Program) -> bool:

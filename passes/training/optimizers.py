@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ...ir import Program, find_blocks
 
@@ -119,6 +119,17 @@ def depth_shares(program: Program, decay: float) -> dict[str, float]:
     weight that is read in several places has the largest of their shares.
     """
     shares: dict[str, float] = {}
+    for node, share in call_shares(program, decay).items():
+        for source in node.all_input_nodes:
+            if source.op == "get_attr":
+                name = str(source.target)
+                shares[name] = max(share, shares.get(name, 0.0))
+    return shares
+
+
+def call_shares(program: Program, decay: float) -> dict[fx.Node, float]:
+    """Return each call's share of the rate, see ``depth_shares``."""
+    shares: dict[fx.Node, float] = {}
     for graph in program.graphs.values():
         blocks = find_blocks(graph)
         depth = {node: block.index for block in blocks for node in block.nodes}
@@ -126,9 +137,5 @@ def depth_shares(program: Program, decay: float) -> dict[str, float]:
         for node in graph.nodes:
             if node in depth:
                 outside = len(blocks) - 1  # whatever comes after a block is behind them all
-            share = decay ** (len(blocks) - 1 - depth.get(node, outside))
-            for source in node.all_input_nodes:
-                if source.op == "get_attr":
-                    name = str(source.target)
-                    shares[name] = max(share, shares.get(name, 0.0))
+            shares[node] = decay ** (len(blocks) - 1 - depth.get(node, outside))
     return shares
