@@ -43,7 +43,7 @@ def program_sizes(program: Program) -> ProgramSizes:
     extra: set[str] = set()
     for graph in program.graphs.values():
         for one in outlier_sums(graph):
-            extra |= {str(one.values.target), str(one.indices.target)}
+            extra |= {str(part.target) for part in one.parts}
         for node in graph.nodes:
             call = QuantizedLinear.match(node) or QuantizedEmbedding.match(node)
             if call is None:

@@ -74,7 +74,7 @@ def stored_bytes(program: Program) -> int:
     found = {}
     for graph in program.graphs.values():
         for one in outlier_sums(graph):
-            for part in (one.values, one.indices):
+            for part in one.parts:
                 found[part.target] = program.weight(part).bytes
         for node in graph.nodes:
             if call := QuantizedLinear.match(node):

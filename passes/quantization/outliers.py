@@ -23,7 +23,7 @@ from torch import Tensor, fx
 
 from ...ir import PassError, Program
 from ...ir.quant import QuantizedTensor, QuantType, quantize
-from ...ir.sparse import OutlierSum, add_entries, outlier_sums
+from ...ir.sparse import OutlierSum, add_entries, flat_places, index_dtype, outlier_sums
 
 Kind = Literal["structured", "unstructured"]
 KINDS: tuple[Kind, ...] = ("structured", "unstructured")
@@ -75,51 +75,66 @@ class Outliers:
     """What is kept of a weight ``[out, in]`` beside its codes.
 
     Attributes:
-        kind: structured or unstructured.
-        values: structured: whole columns, [out, count]; unstructured: entries, [count].
-        indices: int32 [count], ascending: of columns, or ``row * in + column`` of entries (int64
-            where those do not fit).
+        values: structured: whole columns, [out, count]; unstructured: entries, row by row, [count].
+        columns: [count], where; ascending, for entries in each row.  int32 for whole columns, as a
+            gather reads them; for entries the narrowest type that holds a row's width.
+        counts: unstructured: entries of each row, [out], of the same type; None: structured.
     """
 
-    kind: Kind
     values: Tensor
-    indices: Tensor
+    columns: Tensor
+    counts: Tensor | None = None
 
     @classmethod
     def of(cls, weight: Tensor, kept: Tensor, kind: Kind) -> Outliers | None:
         """Return the entries of ``weight [out, in]`` where ``kept`` is true; none: None."""
+        if not bool(kept.any()):
+            return None
         if kind == "structured":
-            indices = kept.any(0).nonzero().view(-1)
-            values = weight[:, indices]
-        else:
-            indices = kept.flatten().nonzero().view(-1)
-            values = weight.flatten()[indices]
-        fits = kind == "structured" or weight.numel() <= torch.iinfo(torch.int32).max
-        narrow = indices.to(torch.int32 if fits else torch.int64)
-        return cls(kind, values.contiguous(), narrow) if len(indices) else None
+            columns = kept.any(0).nonzero().view(-1)
+            return cls(weight[:, columns].contiguous(), columns.to(torch.int32))
+        narrow = index_dtype(weight.shape[1])
+        columns = kept.nonzero()[:, 1]
+        return cls(weight[kept], columns.to(narrow), kept.sum(1).to(narrow))
 
     @classmethod
     def read(cls, program: Program, call: OutlierSum) -> Outliers:
         """Return what a call of the program reads."""
-        values, indices = program.weight(call.values).load(), program.weight(call.indices).load()
-        return cls("structured" if call.structured else "unstructured", values, indices)
+        return cls(*(program.weight(part).load() for part in call.parts))
+
+    def parts(self) -> dict[str, Tensor]:
+        """Return the tensors that are stored, by name."""
+        found = {"values": self.values, "columns": self.columns}
+        return found if self.counts is None else {**found, "counts": self.counts}
 
     @property
     def nbytes(self) -> int:
-        """Bytes as stored, indices included."""
-        return self.values.nbytes + self.indices.nbytes
+        """Bytes as stored, places included."""
+        return sum(part.nbytes for part in self.parts().values())
 
     @property
     def count(self) -> str:
         """How many, in words."""
-        return f"{len(self.indices)} {'columns' if self.kind == 'structured' else 'entries'}"
+        return f"{len(self.columns)} {'columns' if self.counts is None else 'entries'}"
 
     def add_to(self, part: Tensor, rows: slice) -> None:
         """Add the entries of some rows of the weight to ``part [rows, in]``, in place."""
-        if self.kind == "structured":
-            part[:, self.indices] += self.values[rows].to(part.dtype)
+        if self.counts is None:
+            part[:, self.columns] += self.values[rows].to(part.dtype)
         else:
-            add_entries(part, rows, self.values, self.indices)
+            places = flat_places(self.columns, self.counts, part.shape[1])
+            add_entries(part, rows, self.values, places)
+
+    def is_inside(self, shape: tuple[int, int]) -> bool:
+        """Tell whether all lie in a weight ``[out, in]``, each once and in order."""
+        (out, width), columns = shape, self.columns.long()
+        places = columns
+        if self.counts is not None:
+            if len(self.counts) != out or int(self.counts.sum()) != len(columns):
+                return False
+            places = flat_places(columns, self.counts, width)
+        inside = bool(((columns >= 0) & (columns < width)).all())
+        return inside and bool((places.diff() > 0).all())
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,10 +189,7 @@ def check_outliers(name: str, stored: QuantizedTensor, outliers: Outliers) -> No
     Raises:
         PassError: they do not.
     """
-    indices = outliers.indices
-    places = stored.shape[1] * (1 if outliers.kind == "structured" else stored.shape[0])
-    inside = not len(indices) or (int(indices[0]) >= 0 and int(indices[-1]) < places)
-    if not inside or not bool((indices.diff() > 0).all()):
+    if not outliers.is_inside(stored.shape):
         raise PassError(f"@{name}: the places of its outliers are not ascending or not inside")
     ones = replace(outliers, values=torch.ones_like(outliers.values))
     for rows, tile in stored.tiles():

@@ -60,9 +60,9 @@ def _rewrite(
 
 def put_beside(program: Program, shared: Shared, outliers: Outliers, calls: list[fx.Node]) -> None:
     """Add the products with a weight's outliers to its quantised calls."""
-    parts = {"outliers": outliers.values, "outlier_indices": outliers.indices}
     names = [
-        program.add_weight(f"{shared.name}.{part}", held(value)) for part, value in parts.items()
+        program.add_weight(f"{shared.name}.outlier_{part}", held(value))
+        for part, value in outliers.parts().items()
     ]
     for (graph, _), call in zip(shared.readers, calls, strict=True):
         _add(program, graph, call, names, outliers)
@@ -74,17 +74,15 @@ def _add(
     call = QuantizedLinear.match(node)
     assert call is not None
     after = node.next
-    values, indices = (program.weight_node(graph, name, before=after) for name in names)
+    parts = [program.weight_node(graph, name, before=after) for name in names]
     ops: Any = torch.ops
-    args: tuple[Any, ...]
-    if outliers.kind == "structured":
-        columns = insert_call(
-            graph, ops.aten.index_select.default, (call.input, -1, indices), before=after, like=node
+    target, args = ops.modelathe.sparse_linear.default, (call.input, *parts)
+    if outliers.counts is None:
+        values, columns = parts
+        picked = insert_call(
+            graph, ops.aten.index_select.default, (call.input, -1, columns), before=after, like=node
         )
-        target, args = ops.aten.linear.default, (columns, values)
-    else:
-        target = ops.modelathe.sparse_linear.default
-        args = (call.input, values, indices, int(node.meta["val"].shape[-1]))
+        target, args = ops.aten.linear.default, (picked, values)
     beside = insert_call(graph, target, args, before=after, like=node)
     users = list(node.users)
     whole = insert_call(graph, ops.aten.add.Tensor, (node, beside), before=after, like=node)

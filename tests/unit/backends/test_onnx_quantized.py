@@ -180,7 +180,7 @@ def test_structured_outliers_are_a_gather_and_a_thin_product() -> None:
     for name, value in expected.items():
         assert relative_error(value, found[name]) < 1e-5, name
     stored = {str(name): value.shape for name, value in model.graph.initializers.items()}
-    assert sum(name.endswith("outlier_indices") for name in stored) == 4
+    assert sum(name.endswith("outlier_columns") for name in stored) == 4
 
 
 def test_unstructured_outliers_are_refused_with_the_remedy() -> None:
@@ -189,6 +189,6 @@ def test_unstructured_outliers_are_refused_with_the_remedy() -> None:
         bits=3, group_size=-1, outliers=0.1, outlier_kind="unstructured", only=("h.0.attn",)
     )
     program = made(canonical("gpt2"), PassContext(calibration=windows)).program
-    with pytest.raises(LoweringError, match=r"single entries @.*outliers") as refused:
+    with pytest.raises(LoweringError, match=r"single entries @.*outlier_values") as refused:
         emitted(program)
     assert "outlier-kind=structured" in refused.value.remedy

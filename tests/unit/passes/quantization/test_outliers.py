@@ -85,7 +85,7 @@ def test_structured_outliers_are_the_columns_without_which_rounding_costs_least(
 def test_columns_are_stored_with_their_numbers() -> None:
     found = solved(recipe("structured")).outliers
     assert found is not None
-    assert found.indices.dtype == torch.int32
+    assert found.columns.dtype == torch.int32
     assert found.values.shape == (OUT, 2)
     assert found.nbytes == 4 * (2 * OUT + 2)
 
@@ -95,8 +95,10 @@ def test_unstructured_outliers_are_the_largest_entries() -> None:
     weight, _ = problem()
     assert found is not None
     largest = weight.abs().flatten().topk(round(0.05 * OUT * IN)).indices
-    assert found.indices.tolist() == largest.sort().values.tolist()
-    assert found.nbytes == (4 + 4) * 24
+    kept = torch.zeros(OUT, IN)
+    replace(found, values=torch.ones_like(found.values)).add_to(kept, slice(0, OUT))
+    assert kept.flatten().nonzero().flatten().tolist() == largest.sort().values.tolist()
+    assert found.nbytes == (4 + 1) * 24 + OUT  # a value and its column, and the count of each row
 
 
 @both
@@ -167,7 +169,7 @@ def test_a_column_that_reads_zeros_is_not_kept() -> None:
     how = recipe("unstructured")
     found = solve("w", weight, moments, QuantType(3, -1, symmetric=False), how).outliers
     assert found is not None
-    assert not (found.indices % IN == 2).any()
+    assert not (found.columns == 2).any()
 
 
 # the pass
@@ -250,10 +252,7 @@ def test_a_shared_weight_has_one_set_of_outliers(kind: Kind) -> None:
     tied = TieBlocks(unique=1)(canonical("llama"), context()).program
     after = quantizer(kind, only=("q_proj",))(tied, context()).program
     first, second = sums(after)
-    assert (first.values.target, first.indices.target) == (
-        second.values.target,
-        second.indices.target,
-    )
+    assert [part.target for part in first.parts] == [part.target for part in second.parts]
 
 
 @both
@@ -264,20 +263,23 @@ def test_outliers_are_converted_with_the_rest(kind: Kind) -> None:
 
 
 @both
-@pytest.mark.parametrize("wrong", ["values", "order", "places"])
+@pytest.mark.parametrize("wrong", ["values", "order", "places", "rows"])
 def test_a_wrong_sparse_part_is_found(kind: Kind, wrong: str) -> None:
     before = canonical("gpt2")
     made = quantizer(kind, only=("h.0.mlp.c_fc",))
     after = made(before, context()).program.editable()
     (one,) = sums(after)
     weights = after.weights
-    values, places = (str(node.target) for node in (one.values, one.indices))
+    values, places, *rows = (str(part.target) for part in one.parts)
     if wrong == "values":
         weights.put(values, TensorWeight(100 * weights[values].load()))
     elif wrong == "order":
         weights.put(places, TensorWeight(weights[places].load().flip(0)))
-    else:  # one place further on
+    elif wrong == "places":  # one place further on
         weights.put(places, TensorWeight(weights[places].load() + 1))
+    else:
+        name = rows[0] if rows else places  # one entry too many, or columns that are not there
+        weights.put(name, TensorWeight(weights[name].load() + 40))
     with pytest.raises(PassError, match=r"not the weight|not ascending|stand for zero"):
         made.ensures(before, after)
 
