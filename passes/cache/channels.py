@@ -71,9 +71,17 @@ class Channels:
         found = cls(count, dict(sources))
         joins = {entry.join for entry in entries.found if entry.part == cls.part}
         for node in graph.nodes:
-            if node not in sources and any(n in found.ids for n in node.all_input_nodes):
+            if not any(n in found.ids for n in node.all_input_nodes):
+                continue
+            if node in sources:
+                found._make(node)
+            else:
                 found._pass(node, joins)
         return found
+
+    def _make(self, node: fx.Node) -> None:
+        """Take in that channels are made of others: what a source reads is not scaled back."""
+        self._fix(node, *node.all_input_nodes)
 
     def _pass(self, node: fx.Node, joins: set[fx.Node]) -> None:
         """Take in what one call does to channels that it reads."""

@@ -39,10 +39,14 @@ class _Followed(Channels):
 
     Beside what ``Channels`` passes: attention hands the channels of values on, a product of two
     followed values those of the second, for one scale is enough.  Sums fix both of their sides.
+    What a linear reads it scales back with its columns.
     """
 
     __slots__ = ()
     part: ClassVar[Part] = "value"
+
+    def _make(self, node: fx.Node) -> None:
+        """Columns of linears, and what norms read, are joined or fixed by ``ScaledChannels``."""
 
     def _pass(self, node: fx.Node, joins: set[fx.Node]) -> None:
         if is_call(node, _HOMOGENEOUS):

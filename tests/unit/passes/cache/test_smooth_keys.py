@@ -195,6 +195,20 @@ def test_a_weight_that_something_else_reads_is_left_alone() -> None:
     assert first.kind == "missed"
 
 
+def test_keys_that_a_linear_reads_too_are_left_alone() -> None:
+    program = canonical("cached-attention").editable()
+    views = [view for node in program.graph.nodes if (view := Linear.match(node))]
+    by_name = {str(view.weight.target): view for view in views}
+    keys, values = by_name["k.weight"], by_name["v.weight"]
+    values.node.replace_input_with(values.input, keys.node)
+    before = program.editable()
+    (remark,) = SmoothKeys().run(program, context()).remarks
+    assert str(remark) == (
+        "missed: past_key_values.0.key: its keys or queries are read by %" + values.node.name
+    )
+    judge_rounding(before, program, "smooth-keys", SmoothKeys().kept)
+
+
 def test_tied_blocks_share_their_scales_and_stay_tied() -> None:
     tied = TieBlocks(unique=1)(given("llama"), context()).program
     result = SmoothKeys()(tied, context())
