@@ -49,7 +49,9 @@ class PassResult:
     Attributes:
         program: the result.
         remarks: what was done, and what was refused.
-        details: figures for the manifest, such as a learning curve; plain JSON values.
+        details: figures for the manifest, such as a learning curve; plain JSON values.  A pass that
+            made a choice has a ``recipe``: the text that makes it again without a search; where it
+            chose widths, ``blocks`` has ``bits`` and ``score`` by name.
     """
 
     program: Program

@@ -14,6 +14,7 @@ from ...ir.cache import CachedCodes, packs, reads_codes
 from ..base import Fidelity, Pass, PassResult, Remark
 from ..context import PassContext
 from ..probes import probe
+from ..spec import to_spec
 from .entries import PARTS, Entries, cache_bytes, graph_with_cache
 from .rewrite import quantize_entry
 from .search import Found, Method, Point, search
@@ -164,6 +165,7 @@ class QuantizeCache(Pass):
         }
         if found is not None:
             details["search"] = found.known()
+            details["recipe"] = to_spec(QuantizeCache(blocks=write_table(table)))
         return PassResult(program, tuple(remarks), details)
 
     def _table(

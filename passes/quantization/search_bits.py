@@ -16,6 +16,7 @@ from ..base import Fidelity, Pass, PassResult
 from ..context import PassContext, reads_tokens
 from ..progress import Advance
 from .bit_search import Forecast, Goal, Search, Table
+from .quantize_weights import QuantizeWeights
 from .sensitivity import Cost, RoundedUnits, has_logits, second_order
 from .units import Unit, check_units, find_units, single_linears
 from .widths import Chosen, check_only_marked, mean_bits, put_widths
@@ -151,7 +152,9 @@ class SearchBits(Pass):
         scores = tuple(map(self._row, forecast.alone.tolist()))
         bits = tuple(self._widths[index] for index in best)
         details = {"cost": search.seen[best], "tables": self._tables(units, search)}
-        return put_widths(program, self.name, units, Chosen(bits, scores, about), details)
+        rounding = QuantizeWeights(group_size=self.group_size, symmetric=self.symmetric)
+        choice = Chosen(bits, scores, about, rounding)
+        return put_widths(program, self.name, units, choice, details)
 
     def ensures(self, before: Program, after: Program) -> None:
         """Check that only marks changed, and that a shared weight has one width.

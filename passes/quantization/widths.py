@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx
@@ -26,11 +26,13 @@ class Chosen:
         bits: of a number of each unit's weights.
         scores: what each unit was judged by, as text.
         about: what the scores are.
+        rounding: the options with which the widths are meant to be used.
     """
 
     bits: tuple[int, ...]
     scores: tuple[str, ...]
     about: str
+    rounding: QuantizeWeights = field(default_factory=QuantizeWeights)
 
 
 def mean_bits(units: Sequence[Unit], bits: Sequence[float]) -> float:
@@ -69,7 +71,7 @@ def put_widths(
     if not changed:
         have = Remark("missed", name, "every block has these widths already")
         return PassResult(program, (have, *missed))
-    mean, text = mean_bits(units, choice.bits), recipe(program, units, choice.bits)
+    mean, text = mean_bits(units, choice.bits), recipe(program, units, choice)
     rows.append(Remark("applied", name, f"{mean:.4g} bits on average, by {choice.about}"))
     rows.append(Remark("applied", "recipe", text))
     known = {
@@ -81,16 +83,16 @@ def put_widths(
     return PassResult(program, (*rows, *missed), known)
 
 
-def recipe(program: Program, units: Sequence[Unit], bits: Sequence[int]) -> str:
+def recipe(program: Program, units: Sequence[Unit], choice: Chosen) -> str:
     """Return one ``quantize-weights`` for each width that gives the same widths without marks."""
     texts = []
-    for width in sorted(set(bits)):
-        mine = [unit for unit, own in zip(units, bits, strict=True) if own == width]
+    for width in sorted(set(choice.bits)):
+        mine = [unit for unit, own in zip(units, choice.bits, strict=True) if own == width]
         blocks = tuple(dict.fromkeys(path for unit in mine for path in unit.paths))
         weights = [shared for unit in mine for shared in unit.weights]
         each = tuple(dict.fromkeys(path for shared in weights for path in shared.paths))
         only = blocks if _meant(program, blocks) == {s.name for s in weights} else each
-        texts.append(to_spec(QuantizeWeights(bits=width, only=only)))  # type: ignore[arg-type]
+        texts.append(to_spec(replace(choice.rounding, bits=width, only=only)))  # type: ignore[arg-type]
     return ",".join(texts)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from modelathe.ir import Attention, PassError, Program
 from modelathe.ir.cache import dequantize_cache, quantize_cache
-from modelathe.passes import QuantizeCache
+from modelathe.passes import Pipeline, QuantizeCache
 from modelathe.passes.cache import search as search_module
 from modelathe.passes.cache.attention_errors import attention_errors
 from modelathe.passes.cache.pareto import pareto_front
@@ -115,8 +115,8 @@ def test_the_pass_takes_the_best_table_within_the_target() -> None:
     chosen = [point for point in front if point["bits"] <= 4.5][-1]
     assert made.details["blocks"] == chosen["blocks"]
     assert any(chosen["blocks"] in remark.message for remark in made.remarks)
-    again = QuantizeCache(blocks=tuple(chosen["blocks"].split(",")))
-    assert again(canonical("llama"), context()).program.signature == made.program.signature
+    again = Pipeline.parse(made.details["recipe"], check=False)(canonical("llama")).program
+    assert again.signature == made.program.signature
     json.dumps(made.details)
 
 

@@ -55,7 +55,7 @@ def widths(program: Program) -> dict[str, int]:
 
 
 def rounded(program: Program, **options: Any) -> Program:
-    pass_ = QuantizeWeights(method="rtn", group_size=8, head_bits=None, **options)
+    pass_ = QuantizeWeights(**{"method": "rtn", "group_size": 8, "head_bits": None, **options})
     return pass_(program).program
 
 
@@ -127,14 +127,16 @@ def test_bytes_count_codes_scales_and_zero_points() -> None:
     assert set(widths(searched(target_bytes=whole[2]).program).values()) == {2}
 
 
-def test_the_recipe_makes_the_same_codes() -> None:
-    result = searched(target_bits=3.5)
+@pytest.mark.parametrize("options", [{}, {"group_size": -1, "symmetric": True}])
+def test_the_recipe_makes_the_same_codes(options: dict[str, Any]) -> None:
+    result = searched(target_bits=3.5, **options)
     (recipe,) = [remark.message for remark in result.remarks if remark.where == "recipe"]
-    given = recipe.replace("{", "{method=rtn group-size=8 ")
-    by_text = stored(Pipeline.parse(given, check=False)(canonical("llama")).program)
-    by_mark = stored(rounded(result.program))
+    assert recipe == result.details["recipe"]
+    by_text = stored(Pipeline.parse(recipe, check=False)(canonical("llama")).program)
+    by_mark = stored(rounded(result.program, **options))
     assert by_text.keys() == by_mark.keys()
     assert len({one.qtype.bits for one in by_mark.values()}) > 1
+    assert {one.qtype.symmetric for one in by_text.values()} == {bool(options)}
     for path, one in by_mark.items():
         assert one.codes.load().equal(by_text[path].codes.load())
 
