@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ...ir import LoweringError, Program
-from ...passes import ConvertDtype, PassContext
+from ...passes import ConvertDtype, PassContext, Remark
 from ..base import Backend
 from ..companions import write_companions
 from ..session import Session
@@ -64,10 +64,13 @@ class Onnx(Backend):
     def write(self, program: Program, folder: Path, context: PassContext) -> dict[str, Any]:
         """Write graphs, weights, configuration and tokenizer into an empty folder.
 
+        Returns remarks for the manifest: what could not be written as the program has it.
+
         Raises:
             LoweringError: a call of the program has no translation; the message names it.
         """
         from .files import save_model, weight_bytes
+        from .quantized import widened
 
         models = {name: self.model(program, name) for name in program.graphs}
         total = sum(weight_bytes(model) for model in models.values())
@@ -78,7 +81,8 @@ class Onnx(Backend):
                 file = folder / ("model.onnx" if name == "main" else f"{name}.onnx")
                 save_model(model, file, external=external, advance=advance)
         write_companions(program, folder)
-        return self._write_genai(program, folder)
+        found = [*self._write_genai(program, folder), *widened(program)]
+        return {"remarks": list(map(str, found))} if found else {}
 
     def model(self, program: Program, graph: str = "main") -> ir.Model:
         """Return one graph as an ONNX model whose weights are read when it is written."""
@@ -95,19 +99,19 @@ class Onnx(Backend):
         model.metadata_props.update(_metadata(program))
         return model
 
-    def _write_genai(self, program: Program, folder: Path) -> dict[str, Any]:
+    def _write_genai(self, program: Program, folder: Path) -> tuple[Remark, ...]:
         """Write onnxruntime-genai's configuration for a decoder, or return why not."""
-        from .genai import genai_config, genai_obstacle
+        from .genai import GENAI_CONFIG, genai_config, genai_obstacle
 
         if program.kind != "decoder":
-            return {}
+            return ()
         obstacle = genai_obstacle(program.signature, program.config)
         if obstacle:
-            return {"genai": f"not for onnxruntime-genai: {obstacle}"}
+            return (Remark("missed", GENAI_CONFIG, f"not for onnxruntime-genai: {obstacle}"),)
         settings = genai_config(program.signature, program.config, _generation(folder))
         text = json.dumps(settings, indent=2) + "\n"
-        (folder / "genai_config.json").write_text(text, encoding="utf-8")
-        return {}
+        (folder / GENAI_CONFIG).write_text(text, encoding="utf-8")
+        return ()
 
     @contextlib.contextmanager
     def exact_session(self, folder: Path) -> Iterator[Session]:

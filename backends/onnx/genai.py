@@ -8,6 +8,7 @@ from typing import Any
 from ...ir.cache import entry_parts
 from ...ir.program import Signature
 
+GENAI_CONFIG = "genai_config.json"
 _KEY, _VALUE = "past_key_values.%d.key", "past_key_values.%d.value"
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import fx
 
-from ...ir import LoweringError
+from ...ir import LoweringError, Program, QuantizedEmbedding, QuantizedLinear
 from ...ir import ops as _ops  # registers the operators
 from ...ir.quant import QuantType
 from ...ir.sparse import SparseLinear
+from ...passes import Remark
 from .builder import stored_dtype
 from .emitter import Emitter, dtype_of, sizes_of
 from .integers import multiplies_integers, product
@@ -73,7 +75,7 @@ def _embedding(
     group_size: int,
     in_features: int,
 ) -> Any:
-    if bits != 3 and group_size in (-1, in_features) and not _multiplied(codes):
+    if _are_rows(codes, bits, group_size, in_features):
         return _rows(e, ids, codes, scales, zeros, bits, in_features)
     stored = layout(QuantType(bits, group_size, symmetric=zeros is None), in_features)
     result = e.op(
@@ -114,10 +116,14 @@ def _sparse(e: Emitter, node: fx.Node, *_: Any) -> Any:
     )
 
 
-def _multiplied(codes: fx.Node) -> bool:
-    """Tell whether a linear reads the same codes, which then are stored as it needs them."""
+def _are_rows(codes: fx.Node, bits: int, group_size: int, in_features: int) -> bool:
+    """Tell whether rows with one scale each are only looked up, and stored as they are.
+
+    Where a linear reads the same codes they are stored as it needs them.
+    """
     alike = codes.graph.find_nodes(op="get_attr", target=codes.target)
-    return any(user.target is LINEAR for node in alike for user in node.users)
+    multiplied = any(user.target is LINEAR for node in alike for user in node.users)
+    return bits != 3 and group_size in (-1, in_features) and not multiplied
 
 
 def _rows(
@@ -197,6 +203,22 @@ def _scales(e: Emitter, scales: fx.Node, stored: Layout, dtype: ir.DataType) -> 
 def _zeros(e: Emitter, zeros: fx.Node, stored: Layout) -> ir.Value:
     shape = (int(sizes_of(zeros)[0]), stored.zeros_width)
     return e.weights.derived(f"zeros {stored}", (str(zeros.target),), _UINT8, shape, stored.zeros)
+
+
+def widened(program: Program) -> Iterator[Remark]:
+    """Yield remarks on weights that take more bits here than in the program."""
+    types: dict[str, tuple[QuantType, int]] = {}
+    for graph in program.graphs.values():
+        for node in graph.nodes:
+            if call := QuantizedLinear.match(node) or QuantizedEmbedding.match(node):
+                qtype = QuantType(call.bits, call.group_size, symmetric=call.zeros is None)
+                as_is = _are_rows(call.codes, call.bits, call.group_size, call.in_features)
+                bits = call.bits if as_is else layout(qtype, call.in_features).bits
+                types[str(call.codes.target)] = qtype, bits
+    counts = Counter(pair for pair in types.values() if pair[1] != pair[0].bits)
+    for (qtype, bits), count in counts.items():
+        why = f"stored in {bits} bits: ONNX Runtime has no fast kernel for them"
+        yield Remark("missed", f"{count} weights of {qtype}", why)
 
 
 HANDLERS: dict[Any, Handler] = {LINEAR: _linear, EMBEDDING: _embedding, SPARSE: _sparse}

@@ -76,7 +76,9 @@ def test_onnxruntime_genai_is_told_why_it_cannot_run_it(tmp_path: Path) -> None:
     written(coded(), tmp_path / "out")
     assert not (tmp_path / "out" / "genai_config.json").exists()
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert "stored as codes with scales" in manifest["genai"]
+    (remark,) = manifest["remarks"]
+    assert remark.startswith("missed: genai_config.json: not for onnxruntime-genai")
+    assert "stored as codes with scales" in remark
 
 
 def test_a_checkpoint_refuses_a_cache_of_codes(tmp_path: Path) -> None:
