@@ -46,6 +46,20 @@ def fidelity_line(measured: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def choices(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, dict[str, str], str]]:
+    """Return what passes chose: name of the pass, a text for each block, and the recipe."""
+    found = []
+    for step in steps:
+        details = step.get("details") or {}
+        if "recipe" not in details:
+            continue
+        blocks = details.get("blocks")
+        table = blocks if isinstance(blocks, Mapping) else {}
+        rows = {key: f"{one['bits']} bits, {one['score']}" for key, one in table.items()}
+        found.append((str(step["pass"]).partition("{")[0], rows, str(details["recipe"])))
+    return found
+
+
 def remark_lines(steps: Sequence[Mapping[str, Any]], limit: int = 6) -> list[str]:
     """Return what passes refused, and warnings; the same refusal of many places is counted."""
     lines = []

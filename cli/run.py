@@ -14,7 +14,7 @@ from .cache import cache_folder
 from .options import AllowPickle, Debug, Force, Json
 from .plan import plan, show_plan
 from .recipe import PipelineText, pipeline_text
-from .report import fidelity_line, remark_lines, step_rows
+from .report import choices, fidelity_line, remark_lines, step_rows
 from .screen import Screen, count_text, figure, size_text
 from .sources import open_program
 
@@ -254,7 +254,11 @@ def show(screen: Screen, manifest: dict[str, Any], out: Path) -> None:
         screen.table(
             ["pass", "outputs", "measured", "seconds"], step_rows(steps), right=["seconds"]
         )
-    for line in remark_lines(steps):
+    for name, rows, recipe in choices(steps):
+        if rows:
+            screen.facts(rows, title=f"{name} chose")
+        screen.say(f"  {name}, as a recipe: {recipe}")
+    for line in [*remark_lines(steps), *manifest.get("remarks", ())]:
         screen.say(f"  {line}")
     sizes = manifest.get("sizes") or {}
     before = (sizes.get("captured") or {}).get("bytes")

@@ -78,6 +78,23 @@ def test_the_report_says_what_was_measured_and_what_comes_next(
     assert f"modelathe generate {tmp_path / 'out'}" in done.out
 
 
+def test_widths_that_were_chosen_are_printed_and_written_as_a_recipe(
+    program: Path, cli: Cli, tmp_path: Path
+) -> None:
+    text = "assign-bits{score=zd low=2},quantize-weights{group-size=16}"
+    done = cli("run", program, "-p", text, "--to", "program", "--no-check", "-o", tmp_path / "out")
+    assert "assign-bits chose" in done.out
+    rows = [line.split() for line in done.out.splitlines() if line.strip().startswith("model.lay")]
+    steps = json.loads((tmp_path / "out" / "manifest.json").read_text())["steps"]
+    (step,) = [step for step in steps if step["pass"].startswith("assign-bits")]
+    blocks = {name: str(one["bits"]) for name, one in step["details"]["blocks"].items()}
+    assert blocks == {row[0]: row[1] for row in rows}
+    assert set(blocks.values()) == {"2", "8"}
+    recipe = step["details"]["recipe"]
+    assert recipe.count("quantize-weights{bits=") == 2
+    assert f"assign-bits, as a recipe: {recipe}" in done.out
+
+
 def test_a_recipe_file_is_the_same_text(
     llama: Path, cli: Cli, tmp_path: Path, options: list[object]
 ) -> None:
