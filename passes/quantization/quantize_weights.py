@@ -209,7 +209,7 @@ class QuantizeWeights(Pass):
             raise PassError(
                 f"{self.name}: {program.origin.model} ({program.kind}) reads no tokens, so text "
                 "cannot choose its codes",
-                remedy="method=rtn needs none",
+                remedy="method=rtn needs none, without clip=activation and outliers",
             )
         return recipe, why
 
