@@ -26,7 +26,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Return ``config.json`` of a model folder.
 
     Raises:
-        CaptureError: there is none, it is not JSON, or it asks for code from the folder.
+        CaptureError: there is none, it or ``generation_config.json`` is not JSON, or it describes
+            what is not read: code from the folder, or weights that are quantised already.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -34,18 +35,31 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder}: has no config.json",
             remedy="pass a Hugging Face model folder: config.json, *.safetensors, tokenizer files",
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise CaptureError(f"{path}: is not JSON ({error})", remedy="fetch it again") from error
-    if not isinstance(config, dict):
-        raise CaptureError(f"{path}: holds no JSON object", remedy="fetch it again")
+    config = _json_object(path)
+    if (settings := folder / "generation_config.json").is_file():
+        _json_object(settings)  # it goes into artifacts: found out now, not behind every pass
     if "auto_map" in config:
         raise CaptureError(
             f"{path}: asks for Python code from the model folder (auto_map), which is never run",
             remedy="build the model in your own module and pass package.module:factory",
         )
+    if quantized := config.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
+        raise CaptureError(
+            f"{path}: its weights are quantised already ({method or 'quantization_config'})",
+            remedy="start from the float checkpoint that it was made from",
+        )
     return config
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CaptureError(f"{path}: is not JSON ({error})", remedy="fetch it again") from error
+    if not isinstance(found, dict):
+        raise CaptureError(f"{path}: holds no JSON object", remedy="fetch it again")
+    return found
 
 
 def fetch(text: str, revision: str | None, allow_pickle: bool) -> Path:
@@ -84,14 +98,20 @@ def build(folder: Path, config: dict[str, Any]) -> Any:
             f"{folder / 'config.json'}: transformers cannot read it ({_first_line(error)})",
             remedy=f"check model_type; installed transformers is {transformers.__version__}",
         ) from error
-    name = (config.get("architectures") or [""])[0]
+    names = config.get("architectures") or [""]
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise CaptureError(
+            f"{folder / 'config.json'}: architectures is {names!r}, not a list of class names",
+            remedy='write it as in "architectures": ["LlamaForCausalLM"]',
+        )
+    name = names[0]
     kind = getattr(transformers, name, None) if name else None
     if name and not hasattr(kind, "_from_config"):
         raise CaptureError(
             f"{folder / 'config.json'}: transformers {transformers.__version__} has no {name}",
             remedy="install the transformers version that the model was made with",
         )
-    dtype = _dtype(config)
+    dtype = _dtype(folder, config)
     options = {"dtype": dtype} if dtype is not None else {}
     try:
         if kind is None:
@@ -104,18 +124,20 @@ def build(folder: Path, config: dict[str, Any]) -> Any:
         ) from error
 
 
-def _dtype(config: dict[str, Any]) -> torch.dtype | None:
+def _dtype(folder: Path, config: dict[str, Any]) -> torch.dtype | None:
     name = config.get("dtype") or config.get("torch_dtype")
     if name is not None and name not in DTYPES:
         raise CaptureError(
-            f"config.json: dtype {name} is not supported",
+            f"{folder / 'config.json'}: dtype {name} is not supported",
             remedy="convert the checkpoint to float32, float16 or bfloat16",
         )
     return DTYPES.get(name) if name else None
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
+    """Return the first line of what an error says; of a heading, the line below it too."""
+    first, *others = [line.strip() for line in str(error).strip().splitlines()] or [""]
+    return " ".join([first, *others[:1]]) if first.endswith(":") else first
 
 
 @contextlib.contextmanager

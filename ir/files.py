@@ -48,7 +48,7 @@ class SafetensorsFile:
         name = view.get_dtype()
         if name not in _SAFETENSORS_DTYPES:
             raise StorageError(
-                f"{self.path.name}: {key}: dtype {name} is not supported",
+                f"{self.path}: {key}: dtype {name} is not supported",
                 remedy="convert the checkpoint to float32, float16 or bfloat16",
             )
         return tuple(view.get_shape()), _SAFETENSORS_DTYPES[name]

@@ -86,6 +86,12 @@ def map_weights(model: Any, stored: Mapping[str, Weight], folder: Path) -> Mappe
                 f"{list(expected.shape)} by config.json",
                 remedy="weights and config.json belong to different models",
             )
+        if expected is not None and not weight.dtype.is_floating_point:
+            dtype = str(weight.dtype).removeprefix("torch.")
+            raise CaptureError(
+                f"{folder}: {name} holds {dtype} in the file, and a weight is a float",
+                remedy="its weights are quantised already: start from the float checkpoint",
+            )
     meant = {key: name for key, name in unused.items() if not _is_stale(model, key, name, stored)}
     others = _of_other_models(model, meant, stored)
     if unknown := [key for key in meant if key not in others]:
