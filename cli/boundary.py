@@ -70,6 +70,7 @@ def _usage(error: BaseException) -> tuple[str, str, int] | None:
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "modelathe"
     message = " ".join(str(getattr(error, "format_message", error.__str__)()).split())
+    message = message or "no command was given"  # the help has been shown then
     code = UNEXPECTED if isinstance(error, usage) else FAILED
     return message.rstrip("."), f"see the options: {command} --help", code
 

@@ -156,6 +156,13 @@ def test_bad_input_is_one_cause_and_one_remedy(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_no_command_shows_the_help_and_says_so(cli: Cli) -> None:
+    done = cli()
+    assert done.status == 2
+    assert "Commands" in done.out
+    assert done.err.startswith("error: no command was given\nremedy: ")
+
+
 def test_help_imports_nothing_heavy() -> None:
     heavy = "torch", "transformers", "onnx", "onnxruntime", "numpy"
     code = f"""
