@@ -71,6 +71,7 @@ def check_writable(out: Path, *, force: bool = False) -> None:
     partial = target.with_name(f"{target.name}.partial")
     _check_target(out, target, force)
     target.parent.mkdir(parents=True, exist_ok=True)
+    _check_idle(partial)
     with _claim(partial):
         _recover(partial, target)
         _leave(partial)
@@ -101,10 +102,7 @@ def resumable(
     state.mkdir(parents=True, exist_ok=True)
     with (state / "lock").open("w") as lock:
         if not _lock(lock):
-            raise StorageError(
-                f"{partial}: another run is writing to this place",
-                remedy="wait for it, or choose another output folder with -o",
-            )
+            raise _busy(partial)
         found = kept_state(state)
         if found and not resume and not force:
             raise StorageError(
@@ -187,11 +185,25 @@ def _claim(partial: Path) -> Iterator[None]:
     partial.mkdir(exist_ok=True)
     with (partial / "lock").open("w") as lock:
         if not _lock(lock):
-            raise StorageError(
-                f"{partial}: another run is writing to this place",
-                remedy="wait for it, or choose another output folder with -o",
-            )
+            raise _busy(partial)
         yield
+
+
+def _check_idle(partial: Path) -> None:
+    """Refuse a place that a run holds which has not come to writing yet."""
+    lock = partial / "state" / "lock"
+    if not lock.is_file():
+        return
+    with lock.open("a") as file:
+        if not _lock(file):
+            raise _busy(partial)
+
+
+def _busy(partial: Path) -> StorageError:
+    return StorageError(
+        f"{partial}: another run is writing to this place",
+        remedy="wait for it, or choose another output folder with -o",
+    )
 
 
 def _lock(file: IO[str]) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from modelathe.backends.manifest import read_manifest, write_manifest
-from modelathe.backends.output import check_writable, writing
+from modelathe.backends.output import check_writable, resumable, writing
 from modelathe.ir import StorageError
 from support.artifacts import manifest_fields
 
@@ -139,6 +139,13 @@ def test_a_partial_folder_of_somebody_else_is_not_touched(tmp_path: Path) -> Non
     assert (tmp_path / "out.partial" / "thesis.tex").read_text() == "mine"
 
 
+def test_a_place_that_a_run_holds_is_refused_before_any_work(tmp_path: Path) -> None:
+    with resumable(tmp_path / "out", {}), pytest.raises(StorageError, match="another run is"):
+        check_writable(tmp_path / "out")
+    check_writable(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_two_runs_to_one_place_are_told_apart(tmp_path: Path) -> None:
     with writing(tmp_path / "out"), pytest.raises(StorageError, match="another run is writing"):
         make(tmp_path / "out", a="1")
@@ -183,7 +190,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from support.artifacts import manifest_fields
 from modelathe.backends.manifest import write_manifest
-from modelathe.backends.output import check_writable, writing
+from modelathe.backends.output import check_writable, resumable, writing
 
 out = Path(sys.argv[1])
 for attempt in range(12):
