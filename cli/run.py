@@ -141,8 +141,8 @@ def command(
     screen = Screen(as_json=as_json)
     with screen.quiet_libraries(debug=debug):
         from ..backends.output import check_writable, kept_state, resumable
-        from ..ir import DataError
         from ..passes import Budget, PassContext, Pipeline
+        from ..passes.data import read_text
 
         context = PassContext(
             calibration=calibration,
@@ -165,8 +165,8 @@ def command(
         passes = Pipeline.parse(text, context=context, budget=budget, check=not no_check)
         backend = parse_backend(to)
         for path in (check_text, None if calibration == "self" else calibration):
-            if path is not None and not Path(path).is_file():
-                raise DataError(f"cannot read {path}: no such file", remedy="check the path")
+            if path is not None:
+                read_text(path)
         if out is not None and not dry_run:
             check_writable(out, force=force)
         program = open_program(model, screen, revision=revision, allow_pickle=allow_pickle)

@@ -116,6 +116,27 @@ class PassContext:
             for (purpose, _), windows in self._made.items()
         }
 
+    def read_texts(self, program: Program) -> None:
+        """Read the texts that were given, so that a bad one is found before any work is done.
+
+        Raises:
+            DataError: one cannot be read by this model.
+        """
+        texts = [
+            source
+            for source in (self.calibration, self.check_text)
+            if source is not None and source != SELF and not isinstance(source, TokenWindows)
+        ]
+        if texts and not reads_tokens(program):
+            raise DataError(
+                f"{program.origin.model} reads no tokens, so text says nothing about it",
+                remedy="leave out the calibration and the check text",
+            )
+        for source in texts:
+            read_text(source)
+        if texts and self.check_text != SELF:
+            self.check_tokens_of(program)
+
     def calibration_tokens(self, program: Program) -> TokenWindows:
         """Return the windows to calibrate on.
 
@@ -242,9 +263,10 @@ class PassContext:
 
         # Checks must not see the very sequences that calibrated.
         seed = self.seed + (1 if purpose == "checks" else 0)
+        use = "use" if purpose == "checks" else "uses"
         if program.kind == "decoder":
             self.progress.note(
-                f"no text given: {purpose} uses {samples} sequences of {length} tokens that the "
+                f"no text given: {purpose} {use} {samples} sequences of {length} tokens that the "
                 "model generates itself (pass --calibration FILE for better ones)"
             )
             kept = [] if self.cache is None else [self.cache]
@@ -252,7 +274,7 @@ class PassContext:
                 program, samples, length, seed, self.progress, self.device, kept
             )
         if program.kind == "encoder" or purpose == "checks":
-            self.progress.note(f"no text given: {purpose} uses seeded random tokens")
+            self.progress.note(f"no text given: {purpose} {use} seeded random tokens")
             return random_tokens(vocabulary(program) or 2, samples, length, seed)
         raise DataError(
             f"{program.origin.model} ({program.kind}) cannot make up text for {purpose}",
@@ -285,12 +307,26 @@ def tokenizer_of(program: Program) -> Any:
     if (folder / "tokenizer.json").is_file():
         from tokenizers import Tokenizer
 
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        path = folder / "tokenizer.json"
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises plain Exception for a file it cannot read
+            raise _no_tokenizer(path, error) from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return tokenizer
     if any((folder / name).is_file() for name in ("tokenizer_config.json", "vocab.txt")):
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        try:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # a tokenizer's constructor raises nearly anything
+            raise _no_tokenizer(folder, error) from error
     return None
+
+
+def _no_tokenizer(path: Path, error: Exception) -> DataError:
+    return DataError(
+        f"{path}: is no tokenizer that can be read ({str(error).strip().partition(chr(10))[0]})",
+        remedy="fetch the model's tokenizer again, or give token ids as .npy",
+    )

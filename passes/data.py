@@ -23,6 +23,7 @@ from ..ir.errors import DataError
 HELD_OUT = 0.1  # the share of a text, its end, that checks may use and calibration may not
 USUAL_SAMPLES = 128  # windows to calibrate on where nobody says how many
 _PLAIN = (".txt", ".md", ".rst", "")
+_JSON_LINE = 'write {"text": "..."} on each line'
 
 
 class Encoder(Protocol):
@@ -193,7 +194,16 @@ def leading_windows(tokens: Tensor, length: int, limit: int | None = None) -> Te
         DataError: there are fewer than 2 tokens, so nothing can be predicted.
     """
     if len(tokens) < 2:
-        raise DataError(f"too little text: {len(tokens)} tokens, and a check needs at least 2")
+        found = f"{len(tokens)} token{'s' * (len(tokens) != 1)}"
+        raise DataError(
+            f"too little text: {found}, and a check needs at least 2",
+            "give more text, or another one to check with: --check-text FILE",
+        )
+    if length < 2:
+        raise DataError(
+            f"windows of {length} token predict nothing",
+            "the model must have at least 2 positions: check max_position_embeddings",
+        )
     length = min(length, len(tokens))
     windows = len(tokens) // length
     if limit is not None:
@@ -264,7 +274,7 @@ def _read_file(path: Path) -> Text:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
+        raise DataError(f"cannot read {path}: {error.strerror}", "check the path") from error
     documents: tuple[str, ...] | tuple[np.ndarray, ...]
     if path.suffix == ".npy":
         documents = _token_rows(path, content)
@@ -296,9 +306,9 @@ def _json_lines(path: Path, text: str) -> tuple[str, ...]:
         try:
             entry = json.loads(line)
         except ValueError as error:
-            raise DataError(f"{where}: not JSON: {error}") from error
+            raise DataError(f"{where}: not JSON: {error}", _JSON_LINE) from error
         if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
-            raise DataError(f"{where}: expected an object with a string `text`")
+            raise DataError(f"{where}: expected an object with a string `text`", _JSON_LINE)
         documents.append(entry["text"])
     return tuple(documents)
 
@@ -307,12 +317,15 @@ def _token_rows(path: Path, content: bytes) -> tuple[np.ndarray, ...]:
     try:
         ids = np.load(io.BytesIO(content), allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise DataError(f"{path} is no .npy file of numbers: {error}") from error
+        message = f"{path} is no .npy file of numbers: {error}"
+        raise DataError(message, "write it with numpy.save") from error
     if not np.issubdtype(ids.dtype, np.integer) or ids.ndim not in (1, 2):
         found = f"{ids.dtype} {list(ids.shape)}"
-        raise DataError(f"{path} holds {found}; token ids are integers, [tokens] or [rows, tokens]")
+        message = f"{path} holds {found}; token ids are integers, [tokens] or [rows, tokens]"
+        raise DataError(message, "save it again with numpy.save")
     if ids.size and int(ids.min()) < 0:
-        raise DataError(f"{path} holds the negative token id {int(ids.min())}")
+        message = f"{path} holds the negative token id {int(ids.min())}"
+        raise DataError(message, "give ids from 0 on")
     return tuple(np.atleast_2d(ids).astype(np.int64))
 
 

@@ -137,6 +137,8 @@ class Pipeline:
         # Capturing the source again takes its time, so only where something is compared with it.
         again = self.check and bool(program.origin.passes)
         captured = context.reference(program) if again else program
+        if self.check:
+            context.read_texts(captured)
         reference = Reference(captured, context)
         if not captured.origin.passes:
             context.remember(captured)

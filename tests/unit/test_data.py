@@ -101,8 +101,9 @@ def npy(array: np.ndarray[Any, Any], *, pickled: bool = False) -> bytes:
 def test_a_bad_file_is_an_error_that_says_where(
     tmp_path: Path, name: str, content: bytes, message: str
 ) -> None:
-    with pytest.raises(DataError, match=re.escape(message)):
+    with pytest.raises(DataError, match=re.escape(message)) as caught:
         read_text(write(tmp_path / name, content))
+    assert caught.value.remedy
 
 
 def test_a_file_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
@@ -204,8 +205,10 @@ def test_leading_windows_start_at_the_beginning() -> None:
     assert leading_windows(torch.arange(7), 3, limit=5).tolist() == [[0, 1, 2]]
     assert leading_windows(torch.arange(7), 3, limit=1).tolist() == [[0, 1, 2]]
     assert leading_windows(torch.arange(2), 3).tolist() == [[0, 1]]
-    with pytest.raises(DataError, match="1 tokens, and a check needs at least 2"):
+    with pytest.raises(DataError, match="1 token, and a check needs at least 2"):
         leading_windows(torch.arange(1), 3)
+    with pytest.raises(DataError, match="windows of 1 token predict nothing"):
+        leading_windows(torch.arange(9), 1)
 
 
 def test_checks_and_calibration_share_no_token(tmp_path: Path) -> None:

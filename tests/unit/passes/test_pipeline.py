@@ -9,6 +9,7 @@ from typing import ClassVar
 import pytest
 
 from modelathe.ir import (
+    DataError,
     FidelityError,
     Linear,
     PassError,
@@ -115,6 +116,12 @@ class Breaks(Idle):
         for node in program.graph.nodes:
             node.meta.pop("val", None)
         return PassResult(program)
+
+
+def test_a_text_that_cannot_be_read_is_found_before_any_pass() -> None:
+    pipeline = Pipeline([Failing()], context=PassContext(check_text=iter(["a text"])))
+    with pytest.raises(DataError, match="the model has no tokenizer"):
+        pipeline(program("llama"))
 
 
 def test_canonicalize_runs_first_whether_it_is_named_or_not() -> None:
