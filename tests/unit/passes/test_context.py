@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from modelathe.ir import DataError, Program
+from modelathe.ir import ComputedWeight, DataError, Program
 from modelathe.ir.capture import replace_origin
 from modelathe.passes import PassContext, TokenWindows
 from modelathe.passes.context import maximum_length, vocabulary
@@ -70,6 +70,18 @@ def test_what_a_decoder_writes_is_likely() -> None:
     odds = forward(found, {"input_ids": first})[:, 0].softmax(-1)
     mean = odds.gather(-1, windows.tokens[:, 1:]).mean()
     assert float(mean) == pytest.approx(float(odds.square().sum(-1).mean()), rel=0.3)
+
+
+def test_weights_are_read_once_for_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, reads = program("llama").editable(), []
+    for name in found.weights:
+        weight = found.weights[name]
+        rule = ComputedWeight("same", (weight,), weight.shape, weight.dtype, lambda t: t)
+        found.weights.put(name, rule)
+    load = ComputedWeight.load
+    monkeypatch.setattr(ComputedWeight, "load", lambda w, *a: reads.append(w) or load(w, *a))
+    PassContext(**SMALL).calibration_tokens(found)
+    assert len(reads) == len(set(reads)) == len(found.weights)
 
 
 def test_an_encoder_without_text_gets_random_tokens(listener: Listener) -> None:
