@@ -19,7 +19,7 @@ from .checkpoint import (
     stored_tensors,
     unset_weights,
 )
-from .errors import CaptureError
+from .errors import CaptureError, ModelatheError
 from .mapping import map_weights
 from .program import Program
 from .storage import is_program_folder, load_program
@@ -106,8 +106,8 @@ def _capture_module(
         )
     else:
         program = trace_plain(model, name, example_inputs, dynamic_shapes, watch)
-    origin = replace(program.origin, recapture=lambda _: program)
-    return replace(program, origin=origin)
+    source = _source_identity(program.weights)
+    return replace_origin(program, source=source, recapture=lambda _: program)
 
 
 def _config_of(model: Any) -> dict[str, Any]:
@@ -181,7 +181,9 @@ def _capture_pt2(path: Path, allow_pickle: bool, report: Report | None) -> Progr
     with watch.stage(INFER):
         program = program_of(exported, str(path))
     return replace_origin(
-        program, recapture=lambda report: _capture_pt2(path, allow_pickle, report)
+        program,
+        source=_source_identity(program.weights),
+        recapture=lambda report: _capture_pt2(path, allow_pickle, report),
     )
 
 
@@ -189,12 +191,21 @@ def _capture_factory(text: str, report: Report | None) -> Program:
     module_name, _, attribute = text.partition(":")
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # a module that is being imported raises anything
         raise CaptureError(
             f"{text}: cannot be imported ({error})",
             remedy="the module must be importable from here, as with python -m",
         ) from error
-    made = factory()
+    try:
+        made = factory()
+    except ModelatheError:
+        raise
+    except Exception as error:  # the user's own code raises anything
+        first = str(error).strip().partition("\n")[0]
+        raise CaptureError(
+            f"{text}: raised {type(error).__name__}: {first}",
+            remedy="mend the factory; --debug shows where",
+        ) from error
     if isinstance(made, nn.Module):
         made = (made, None, None)
     if not (isinstance(made, tuple) and len(made) == 3 and isinstance(made[0], nn.Module)):

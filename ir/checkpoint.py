@@ -16,8 +16,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from .computed import ComputedWeight
 from .errors import CaptureError, StorageError
-from .files import SafetensorsFile
-from .weights import TensorWeight, Weight
+from .files import SafetensorsFile, not_finite
+from .weights import TensorWeight, Weight, is_finite
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -253,5 +253,19 @@ def _pickled(folder: Path, allow_pickle: bool) -> dict[str, Weight]:
                 f"{path}: is not a checkpoint of plain tensors ({_first_line(error)})",
                 remedy="convert it to safetensors where it was made",
             ) from error
-        stored |= {name: TensorWeight(t) for name, t in tensors.items() if isinstance(t, Tensor)}
+        stored |= _plain_tensors(path, tensors)
     return stored
+
+
+def _plain_tensors(path: Path, tensors: Any) -> dict[str, Weight]:
+    """Return the tensors of a checkpoint that was unpickled; their bytes are in memory."""
+    if not isinstance(tensors, dict):
+        raise CaptureError(
+            f"{path}: holds a {type(tensors).__name__}, not tensors by name",
+            remedy="convert it to safetensors where it was made",
+        )
+    found = {name: t for name, t in tensors.items() if isinstance(t, Tensor)}
+    for name, tensor in found.items():
+        if not is_finite(tensor):
+            raise not_finite(path, name)
+    return {name: TensorWeight(tensor) for name, tensor in found.items()}

@@ -115,9 +115,14 @@ class FileWeight(Weight):
         """
         tensor = self.file.load(self.key)
         if self._unseen and not is_finite(tensor):
-            raise StorageError(
-                f"{self.file.path}: {self.key} holds nan or inf",
-                remedy="the checkpoint is damaged, or its training diverged: use another one",
-            )
+            raise not_finite(self.file.path, self.key)
         self._unseen = False
         return tensor if dtype is None else tensor.to(dtype)
+
+
+def not_finite(path: Path, key: str) -> StorageError:
+    """Return the error of a tensor of a file that holds nan or inf."""
+    return StorageError(
+        f"{path}: {key} holds nan or inf",
+        remedy="the checkpoint is damaged, or its training diverged: use another one",
+    )

@@ -65,7 +65,8 @@ class Origin:
         folder: where config and tokenizer lie; None for a model that never was in a folder.
         passes: text of every pass applied so far.
         notes: what a reader of the manifest must know, such as "runs the user's own code".
-        source: identifies the weights' files (names, sizes), without reading their bytes.
+        source: identifies the weights: by names and sizes of their files, without reading bytes, or
+            by the values that a module holds.
         record: how the program was made: seed, texts, steps with their remarks and figures; plain
             JSON values.
         checks: what fidelity was measured with, for the check of the artifact; never saved.

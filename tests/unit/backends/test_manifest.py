@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from modelathe.backends import Eager
 from modelathe.backends.manifest import (
     check_files,
     contained,
@@ -17,6 +18,7 @@ from modelathe.backends.manifest import (
 )
 from modelathe.ir import StorageError
 from support.artifacts import manifest_fields
+from support.models import program
 
 
 def test_every_file_is_listed_with_its_hash(tmp_path: Path) -> None:
@@ -61,3 +63,10 @@ def test_a_folder_without_a_manifest_is_no_artifact(tmp_path: Path) -> None:
     assert not is_artifact(tmp_path)
     (tmp_path / "manifest.json").write_text('{"format": "other"}')
     assert not is_artifact(tmp_path)
+
+
+def test_the_weights_of_a_module_without_files_are_identified(tmp_path: Path) -> None:
+    found = program("norm-mlp")
+    made = Eager().lower(found, check=False).save(tmp_path / "out")
+    assert made["source"] == {"weights": found.origin.source}
+    assert found.origin.source

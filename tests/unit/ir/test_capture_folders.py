@@ -131,6 +131,21 @@ def test_a_trusted_pickle_still_holds_tensors_only(bert: Path, tmp_path: Path) -
         capture(folder, allow_pickle=True)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [([torch.ones(1)], "holds a list, not tensors by name"), (torch.full((2,), torch.nan), "nan")],
+)
+def test_a_trusted_pickle_of_something_else_is_refused(
+    bert: Path, tmp_path: Path, content: object, message: str
+) -> None:
+    folder = _pickled(bert, tmp_path / "m")
+    found = {"weight": content} if isinstance(content, Tensor) else content
+    torch.save(found, folder / "pytorch_model.bin")
+    with pytest.raises(ModelatheError, match=message) as caught:
+        capture(folder, allow_pickle=True)
+    assert caught.value.remedy
+
+
 def test_nan_and_inf_are_found_by_whoever_first_reads_them(bert: Path, tmp_path: Path) -> None:
     folder = copy_folder(bert, tmp_path / "m")
     tensors = load_file(folder / "model.safetensors")

@@ -66,6 +66,11 @@ def alone():
 
 def number():
     return 7
+
+def raises():
+    return {}["weights"]
+
+five = 5
 """
 
 
@@ -73,6 +78,7 @@ def number():
 def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a module on the path, with factories in it."""
     (tmp_path / "my_factories.py").write_text(FACTORY)
+    (tmp_path / "my_mistakes.py").write_text("def model(:")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "my_factories", raising=False)
     return "my_factories"
@@ -91,6 +97,9 @@ def test_a_factory_gives_module_inputs_and_sizes(factory: str) -> None:
         ("my_factories:gone", "cannot be imported"),
         ("no_such_module_here:model", "cannot be imported"),
         ("my_factories:number", "returned int"),
+        ("my_factories:raises", "raised KeyError: 'weights'"),
+        ("my_factories:five", "raised TypeError: 'int' object is not callable"),
+        ("my_mistakes:model", "cannot be imported .*invalid syntax"),
         ("my_factories:alone", "training mode"),
     ],
 )
@@ -100,6 +109,16 @@ def test_a_factory_that_gives_no_model_says_what_it_should_give(
     with pytest.raises(CaptureError, match=message) as caught:
         capture(name)
     assert caught.value.remedy
+
+
+def test_the_source_of_a_model_without_files_is_its_values(pt2: Path) -> None:
+    def source(model: nn.Module) -> str:
+        return capture(model.eval(), (torch.ones(1, 2),)).origin.source
+
+    ones, zeros = nn.Linear(2, 2), nn.Linear(2, 2)
+    nn.init.ones_(ones.weight)
+    assert source(ones) == source(ones) != source(zeros)
+    assert capture(pt2, allow_pickle=True).origin.source
 
 
 def test_a_program_folder_is_a_model(tmp_path: Path) -> None:
