@@ -22,6 +22,13 @@ from .tokenizer import Tokenizer, open_tokenizer
 DECODER_CONTEXT = 2048
 ENCODER_CONTEXT = 256
 _SILENT = SilentProgress()
+# What is read of `evaluate`'s arguments for each kind of model; for all kinds with arrays alone.
+_READ = {
+    "decoder": ("text", "context", "tokens"),
+    "encoder-decoder": ("text", "context", "tokens"),
+    "encoder": ("text", "context"),
+    "arrays": ("data",),
+}
 
 
 def evaluate(
@@ -51,14 +58,17 @@ def evaluate(
 
     Raises:
         DataError: the wrong kind of file, or one that holds too little; no reference where the
-            figures are distances from one.
+            figures are distances from one; an argument that says nothing to this kind of model.
     """
     if against is not None and against.kind != session.kind:
         raise DataError(
             f"the artifact is of kind {session.kind}, the reference of kind {against.kind}",
             remedy="compare with the model that the artifact was made from",
         )
-    if session.kind in ("vision", "module") or (data is not None and text is None):
+    by_arrays = session.kind in ("vision", "module") or (data is not None and text is None)
+    way = "arrays" if by_arrays else session.kind
+    _refuse_unread(way, {"text": text, "data": data, "context": context, "tokens": tokens})
+    if by_arrays:
         arrays = read_arrays(_given(data, "--data", "an .npz file with one array per input"))
         return evaluate_arrays(session, arrays, _reference(against), progress)
     path = _given(text, "--text", "a text file")
@@ -270,6 +280,16 @@ def _window(session: Session, context: int | None, default: int) -> int:
     if asked < 2:
         raise DataError(f"a context of {asked} tokens predicts nothing", remedy="give at least 2")
     return asked if session.max_length is None else min(asked, session.max_length)
+
+
+def _refuse_unread(way: str, given: Mapping[str, object]) -> None:
+    for name, value in given.items():
+        if value is not None and name not in _READ[way]:
+            on = "arrays" if way == "arrays" else f"an artifact of kind {way}"
+            raise DataError(
+                f"--{name} says nothing to an eval on {on}",
+                remedy=f"leave it out; what is read is {', '.join(f'--{n}' for n in _READ[way])}",
+            )
 
 
 def _given(path: Path | None, option: str, what: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,9 @@ def read_arrays(path: Path) -> dict[str, Array]:
         DataError: it is no such file.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except (ValueError, AttributeError, TypeError, EOFError) as error:
+    except (ValueError, AttributeError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(
             f"{path}: is not an .npz file of plain arrays",
             remedy="write one with numpy.savez(path, input_name=array, ...)",
@@ -96,9 +97,18 @@ def item_chunks(
 
 
 def _cast(array: Array, dtype: str) -> Array:
-    """Return ``array`` in the input's dtype, when that loses nothing but float precision."""
+    """Return ``array`` in the input's dtype, when that loses nothing but float precision.
+
+    Raises:
+        DataError: it would.
+    """
     wanted = np.dtype(dtype) if dtype != "bfloat16" else np.dtype(np.float32)
-    return np.ascontiguousarray(array.astype(wanted, casting="same_kind"))
+    if not np.can_cast(array.dtype, wanted, casting="same_kind"):
+        raise DataError(
+            f"an array is {array.dtype}, and its input takes {dtype}",
+            remedy="give arrays of the dtypes that `inspect` shows",
+        )
+    return np.ascontiguousarray(array.astype(wanted))
 
 
 def _bad_pair(path: Path, number: int, problem: str) -> DataError:

@@ -178,7 +178,8 @@ class Session(ABC):
         """Run one graph on arrays named as its inputs and return its outputs by name.
 
         Raises:
-            DataError: ``feeds`` lacks an input or has one that the graph does not know.
+            DataError: ``feeds`` lacks an input or has one that the graph does not know, or one has
+                sizes or token ids that it does not take.
         """
         spec = self.graphs[graph]
         expected = {one.name for one in spec.inputs}
@@ -190,6 +191,10 @@ class Session(ABC):
                 f"graph {graph} {' and '.join(what)}",
                 remedy=f"the inputs are {', '.join(one.name for one in spec.inputs)}",
             )
+        for one in spec.inputs:
+            _check_sizes(one, feeds[one.name])
+            if one.name in _TOKEN_INPUTS:
+                self._check_tokens(feeds[one.name])
         own = {name: self._to_runtime(array) for name, array in feeds.items()}
         results = self._execute(graph, own, {})
         return {name: self._to_numpy(value) for name, value in results.items()}
@@ -197,6 +202,8 @@ class Session(ABC):
     def encode(self, feeds: Mapping[str, Array]) -> Cache:
         """Run the encoder of an encoder-decoder once; its result starts a decoder's cache."""
         plan = self.plan
+        if "input_ids" in feeds:
+            self._check_tokens(feeds["input_ids"])
         own = {name: self._to_runtime(array) for name, array in feeds.items()}
         results = self._execute("encoder", own, {})
         fixed = {}
@@ -220,6 +227,7 @@ class Session(ABC):
             logits ``[b, s, vocab]``, and the cache.
         """
         plan, cache = self.plan, cache or Cache()
+        self._check_tokens(tokens)
         if not plan.state:
             return self._decode_again(plan, tokens, mask, cache)
         feeds = {name: self._to_runtime(array) for name, array in _feeds(plan, tokens, mask)}
@@ -230,6 +238,19 @@ class Session(ABC):
         logits = self._to_numpy(results[self.graphs[plan.graph].outputs[0].name])
         following = {before.name: results[after.name] for before, after in plan.state}
         return logits.astype(np.float32, copy=False), replace(cache, state=following)
+
+    def _check_tokens(self, tokens: Array) -> None:
+        """Refuse ids that the model has no embedding for: a runtime would fail, or read elsewhere.
+
+        Raises:
+            DataError: there is one.
+        """
+        size = self.config.get("vocab_size")
+        if isinstance(size, int) and tokens.size and int(tokens.max()) >= size:
+            raise DataError(
+                f"token id {int(tokens.max())}, and the model knows ids below {size}",
+                remedy="use ids made by this model's own tokenizer",
+            )
 
     def state_arrays(self, cache: Cache) -> dict[str, Array]:
         """Return what a decoder remembers, by the names of the outputs that held it."""
@@ -327,6 +348,20 @@ def positions(mask: Tokens, length: int) -> Tokens:
     """
     places: Tokens = np.clip(mask.cumsum(axis=1) - 1, 0, None)
     return places[:, -length:]
+
+
+def _check_sizes(spec: TensorSpec, array: Array) -> None:
+    fits = array.ndim == len(spec.shape) and all(
+        have == want
+        for have, want in zip(array.shape, spec.shape, strict=True)
+        if isinstance(want, int)
+    )
+    if not fits:
+        raise DataError(
+            f"{spec.name} has sizes {list(array.shape)}, and the model takes "
+            f"[{', '.join(map(str, spec.shape))}]",
+            remedy="give arrays with the sizes that `inspect` shows",
+        )
 
 
 def _feeds(plan: DecoderPlan, tokens: Tokens, mask: Tokens) -> list[tuple[str, Tokens]]:

@@ -166,6 +166,44 @@ def test_arrays_that_do_not_fit_are_refused(arrays: dict[str, Any], message: str
         list(item_chunks(Plain("module", lambda x: x, (2, 2)), "main", arrays))
 
 
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.ones((3, 3), np.float32), r"x has sizes \[1, 3\], and the model takes \[b, 2\]"),
+        (np.ones(3, np.float32), r"x has sizes \[1\]"),
+        (np.array([["a", "b"]]), "an array is <U1, and its input takes float32"),
+    ],
+)
+def test_arrays_of_other_sizes_or_dtypes_are_refused(array: Any, message: str) -> None:
+    session = Plain("module", lambda x: x)
+    with pytest.raises(DataError, match=message) as error:
+        evaluate_arrays(session, {"x": array}, session)
+    assert error.value.remedy
+
+
+def test_an_id_without_an_embedding_is_refused(toy: Path) -> None:
+    with pytest.raises(DataError, match=f"id {VOCABULARY}, and .* ids below {VOCABULARY}"):
+        evaluate_tokens(open_artifact(toy), [1, VOCABULARY])
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "unread"),
+    [
+        ("decoder", {"text": "t", "data": "d"}, "--data .* kind decoder"),
+        ("encoder", {"text": "t", "tokens": 3}, "--tokens .* kind encoder"),
+        ("encoder", {"data": "d", "context": 3}, "--context .* arrays"),
+        ("module", {"data": "d", "text": "t"}, "--text .* arrays"),
+        ("vision", {"data": "d", "tokens": 3}, "--tokens .* arrays"),
+    ],
+)
+def test_an_argument_that_would_be_ignored_is_refused(
+    kind: str, given: dict[str, Any], unread: str
+) -> None:
+    with pytest.raises(DataError, match=unread) as error:
+        evaluate(Plain(kind, lambda x: x), **given)
+    assert "leave it out" in error.value.remedy
+
+
 def test_a_reference_of_another_kind_is_refused(toy: Path) -> None:
     with pytest.raises(DataError, match="kind decoder, the reference of kind module"):
         evaluate(open_artifact(toy), against=Plain("module", None), text=Path("x.txt"))
@@ -180,6 +218,10 @@ def test_figures_that_are_distances_need_a_reference(tmp_path: Path) -> None:
 
 def test_pickled_arrays_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", x=np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(DataError, match=r"not an \.npz file of plain arrays"):
+        read_arrays(tmp_path / "x.npz")
+    cut = (tmp_path / "x.npz").read_bytes()[:-30]
+    (tmp_path / "x.npz").write_bytes(cut)
     with pytest.raises(DataError, match=r"not an \.npz file of plain arrays"):
         read_arrays(tmp_path / "x.npz")
 
