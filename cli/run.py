@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -276,4 +277,4 @@ def show(screen: Screen, manifest: dict[str, Any], out: Path) -> None:
         title=f"wrote {out}",
     )
     if manifest["kind"] in ("decoder", "encoder-decoder"):
-        screen.say(f'  try it: modelathe generate {out} "The function returns"')
+        screen.say(f'  try it: modelathe generate {shlex.quote(str(out))} "The function returns"')
