@@ -323,9 +323,11 @@ def _token_rows(path: Path, content: bytes) -> tuple[np.ndarray, ...]:
         found = f"{ids.dtype} {list(ids.shape)}"
         message = f"{path} holds {found}; token ids are integers, [tokens] or [rows, tokens]"
         raise DataError(message, "save it again with numpy.save")
-    if ids.size and int(ids.min()) < 0:
-        message = f"{path} holds the negative token id {int(ids.min())}"
-        raise DataError(message, "give ids from 0 on")
+    limits = (int(ids.min()), int(ids.max())) if ids.size else (0, 0)
+    if odd := [limit for limit in limits if not 0 <= limit < 2**63]:
+        sign = "negative " if odd[0] < 0 else ""
+        message = f"{path} holds the {sign}token id {odd[0]}"
+        raise DataError(message, "give ids that the model knows, from 0 on")
     return tuple(np.atleast_2d(ids).astype(np.int64))
 
 

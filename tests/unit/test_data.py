@@ -91,6 +91,11 @@ def npy(array: np.ndarray[Any, Any], *, pickled: bool = False) -> bytes:
         ("a.npy", npy(np.array([1.5])), "holds float64 [1]; token ids are integers"),
         ("a.npy", npy(np.zeros((1, 1, 1), int)), "holds int64 [1, 1, 1]"),
         ("a.npy", npy(np.array([3, -1])), "holds the negative token id -1"),
+        (
+            "a.npy",
+            npy(np.array([3, 2**64 - 1], np.uint64)),
+            "holds the token id 18446744073709551615",
+        ),
         ("a.npy", npy(np.array([{}]), pickled=True), "is no .npy file of numbers"),
         ("a.npy", npy(np.arange(9))[:-8], "is no .npy file of numbers"),
         ("a.npy", b"", "is no .npy file of numbers"),
