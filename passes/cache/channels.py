@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from ...ir import Attention
 from ...ir.calls import aten
 from ..canonical.match import is_call
-from ..norms.places import FOREIGN, is_move
+from ..canonical.places import FOREIGN, is_move
 from .entries import Entries, Part
 
 _SAME = (

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from ...ir import Attention, Linear, Program, QuantizedLinear, is_weight
+from ..canonical.places import is_move
 from ..context import PassContext
-from ..norms.places import is_move
 from ..outputs import observe_graph
 from .channels import Channels, Scales, distinct, number_heads, number_last
 from .entries import Entries, Entry

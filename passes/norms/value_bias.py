@@ -11,8 +11,8 @@ from torch import Tensor, fx
 from ...ir import Attention, ComputedWeight, Linear, Program, TensorWeight
 from ...ir.calls import argument
 from ..base import Remark
+from ..canonical.places import FOREIGN, constant_along, is_move, numbered, places
 from .gains import bias_name
-from .places import FOREIGN, constant_along, is_move, numbered, places
 from .readers import has_weights, in_order, is_quantized, named, nothing
 
 _FOLDED = "values_folded"  # marks a shared bias whose value part is zero now

@@ -26,7 +26,7 @@ from ..cache.channels import (
 )
 from ..cache.entries import Entries, Part
 from ..canonical.match import is_call
-from ..norms.places import constant_along, is_move
+from ..canonical.places import constant_along, is_move
 from ..norms.readers import has_weights, named
 
 _HOMOGENEOUS = (aten.relu.default, aten.leaky_relu.default)  # f(s x) = s f(x) for s > 0

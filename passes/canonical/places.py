@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..canonical.match import aten, is_call
+from .match import aten, is_call
 
 FOREIGN = -1  # the place of an entry that comes from somewhere else
 
