@@ -24,6 +24,7 @@ from .calls import (
     Norm,
     QuantizedEmbedding,
     QuantizedLinear,
+    Rotary,
     is_weight,
 )
 from .capture import capture
@@ -81,6 +82,7 @@ __all__ = [
     "Program",
     "QuantizedEmbedding",
     "QuantizedLinear",
+    "Rotary",
     "SafetensorsFile",
     "Signature",
     "SpecSyntaxError",

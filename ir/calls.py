@@ -269,6 +269,35 @@ class Attention:
 
 
 @dataclass(frozen=True, slots=True)
+class Rotary:
+    """Rotary position embedding of ``[batch, heads, tokens, width]``; see ``ops.rotary``."""
+
+    node: fx.Node
+    input: fx.Node
+    cos: fx.Node
+    sin: fx.Node
+    interleaved: bool
+
+    @classmethod
+    def match(cls, node: fx.Node) -> Self | None:
+        """Return the view, or None when ``node`` is another call."""
+        if str(node.target) != "modelathe.rotary.default":
+            return None
+        return cls(
+            node,
+            _node(node, 0, "x"),
+            _node(node, 1, "cos"),
+            _node(node, 2, "sin"),
+            bool(argument(node, 3, "interleaved")),
+        )
+
+    @property
+    def turned(self) -> int:
+        """How many channels of each head are turned, the first ones."""
+        return 2 * int(self.cos.meta["val"].shape[-1])
+
+
+@dataclass(frozen=True, slots=True)
 class QuantizedLinear:
     """A linear whose weight is stored as codes; see ``ops.quantized_linear``."""
 

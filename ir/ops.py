@@ -4,8 +4,8 @@ Importing this module registers them, once per process.  A second copy of the pa
 under another name) would register them again, which torch refuses with an error: see the note on
 imports in CONTRIBUTING.md.
 
-The weight is given as in ``QuantizedTensor``: packed codes, scales, packed zero points or none, and
-the ``bits`` and ``group_size`` of its type; it is symmetric when there are no zero points.
+A quantised weight is given as in ``QuantizedTensor``: packed codes, scales, packed zero points or
+none, and the ``bits`` and ``group_size`` of its type; it is symmetric without zero points.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from .quant import QuantizedTensor, QuantType, packed_width, wider
 _WEIGHT = "Tensor codes, Tensor scales, Tensor? zeros"
 _TYPE = "int bits, int group_size, int in_features"
 _LINEAR, _EMBEDDING = "modelathe::quantized_linear", "modelathe::quantized_embedding"
+_ROTARY = "modelathe::rotary"
 
 # not torch.library.custom_op: its first call imports the compiler, which takes a second
 torch.library.define(_LINEAR, f"(Tensor x, {_WEIGHT}, Tensor? bias, {_TYPE}) -> Tensor")
 torch.library.define(_EMBEDDING, f"(Tensor ids, {_WEIGHT}, {_TYPE}) -> Tensor")
+torch.library.define(_ROTARY, "(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor")
 
 
 @torch.library.impl(_LINEAR, "CompositeExplicitAutograd")
@@ -186,12 +188,94 @@ def _group_sums(weight_grad: Tensor, tile: QuantizedTensor) -> Tensor:
     return (weight_grad.view(levels.shape) * levels).sum(-1)
 
 
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Turn each pair of channels of each head by the angle of its position.
+
+    With x: [batch, heads, tokens, width] and cos and sin: [batch or 1, tokens, turned / 2], the
+    first ``turned`` channels of a head are pairs (x1, x2), which become
+    ``(x1 cos - x2 sin, x2 cos + x1 sin)``; the others stay.  The result has the dtype that torch
+    gives products of ``x`` and ``cos``.
+
+    Args:
+        x: queries or keys.
+        cos: the cosine of the angle of each pair.
+        sin: its sine.
+        interleaved: pairs are neighbours, not the same places of the two halves.
+    """
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    turned, rest = _turned(x, cos)
+    first, second = pairs(turned, interleaved)
+    made = unpaired(first * cos - second * sin, second * cos + first * sin, interleaved)
+    return torch.cat([made, rest], -1) if rest.shape[-1] else made
+
+
+def pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Return the first and the second of each pair on the last axis of ``x``."""
+    if interleaved:
+        return x[..., ::2], x[..., 1::2]
+    half = x.shape[-1] // 2
+    return x[..., :half], x[..., half:]
+
+
+def unpaired(first: Tensor, second: Tensor, interleaved: bool) -> Tensor:
+    """Return what ``pairs`` takes apart."""
+    if interleaved:
+        return torch.stack([first, second], -1).flatten(-2)
+    return torch.cat([first, second], -1)
+
+
+def _turned(x: Tensor, cos: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the channels that are turned, and the others."""
+    width = 2 * cos.shape[-1]
+    return x[..., :width], x[..., width:]
+
+
+def _rotary_shape(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    parts = x, cos, sin
+    _require(all(part.is_floating_point() for part in parts), "a part is not floating-point")
+    _require(x.dim() == 4, f"x has {x.dim()} axes, not batch, heads, tokens and width")
+    fits = cos.dim() == 3 and sin.dim() == 3 and cos.shape[-1] == sin.shape[-1]
+    _require(fits, "cos and sin have not batch, tokens and one width for axes")
+    width = 2 * cos.shape[-1]
+    _require(0 < width <= x.shape[-1], f"{width} channels of {x.shape[-1]} cannot be turned")
+    result = rotary(x, cos, sin, interleaved)
+    _require(result.shape == x.shape, "there are more rows of angles than of x")
+    return result
+
+
+def _rotary_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, cos, sin, ctx.interleaved = inputs
+    ctx.dtype = x.dtype
+    # angles are hardly ever trained, and keeping x for them takes memory
+    ctx.save_for_backward(cos, sin, x if any(ctx.needs_input_grad[1:3]) else None)
+
+
+def _rotary_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """``dx`` is ``dy`` turned back; ``dcos = x1 dy1 + x2 dy2``, ``dsin = x1 dy2 - x2 dy1``."""
+    cos, sin, x = ctx.saved_tensors
+    into = torch.ops.modelathe.rotary(grad, cos, -sin, ctx.interleaved).to(ctx.dtype)
+    if x is None:
+        return into, None, None, None
+    x1, x2 = pairs(_turned(x, cos)[0], ctx.interleaved)
+    dy1, dy2 = pairs(_turned(grad, cos)[0], ctx.interleaved)
+    angles = [(x1 * dy1 + x2 * dy2).sum(1), (x1 * dy2 - x2 * dy1).sum(1)]
+    of_cos, of_sin = (
+        whole.sum_to_size(part.shape).to(part.dtype)
+        for whole, part in zip(angles, (cos, sin), strict=True)
+    )
+    return into, of_cos, of_sin, None
+
+
+torch.library.impl(_ROTARY, "CompositeExplicitAutograd", rotary)
 torch.library.register_fake(_LINEAR, _linear_shape)
 torch.library.register_fake(_EMBEDDING, _embedding_shape)
+torch.library.register_fake(_ROTARY, _rotary_shape)
 torch.library.register_autograd(_LINEAR, _linear_backward, setup_context=_linear_context)
 torch.library.register_autograd(_EMBEDDING, _embedding_backward, setup_context=_embedding_context)
+torch.library.register_autograd(_ROTARY, _rotary_backward, setup_context=_rotary_context)
 
 OPERATORS: Sequence[torch._ops.OpOverload] = (
     torch.ops.modelathe.quantized_linear.default,
     torch.ops.modelathe.quantized_embedding.default,
+    torch.ops.modelathe.rotary.default,
 )

@@ -11,6 +11,7 @@ from modelathe.ir.quant import QuantizedTensor, QuantType, quantize
 
 linear = torch.ops.modelathe.quantized_linear
 embedding = torch.ops.modelathe.quantized_embedding
+rotary = torch.ops.modelathe.rotary
 CASES = [(4, 16, False), (3, 8, True), (2, -1, False), (8, -1, True)]
 
 
@@ -146,6 +147,89 @@ def test_the_shape_rule_refuses_parts_that_do_not_fit(
     meta = {key: v.to("meta") if isinstance(v, Tensor) else v for key, v in given.items()}
     with pytest.raises((RuntimeError, ValueError), match=message):
         linear(**meta)
+
+
+def heads(dtype: torch.dtype = torch.float32, rows: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    """Return heads ``[2, 3, 5, 8]``, and cosines and sines for six of the eight channels."""
+    angles = 3 * noise(rows, 5, 3)
+    return noise(2, 3, 5, 8).to(dtype), angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def formula(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Write rotary positions as models do."""
+    first, rest = x[..., :6], x[..., 6:]
+    if interleaved:
+        turned = torch.stack([-first[..., 1::2], first[..., ::2]], -1).flatten(-2)
+        wide = [part.repeat_interleave(2, -1)[:, None] for part in (cos, sin)]
+    else:
+        turned = torch.cat([-first[..., 3:], first[..., :3]], -1)
+        wide = [torch.cat([part, part], -1)[:, None] for part in (cos, sin)]
+    return torch.cat([first * wide[0] + turned * wide[1], rest], -1)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
+def test_rotary_is_the_formula_bit_for_bit(dtype: torch.dtype, interleaved: bool) -> None:
+    for rows in (1, 2):
+        x, cos, sin = heads(dtype, rows)
+        for given in ((x, cos, sin), (x, cos.float(), sin.float())):
+            found = rotary(*given, interleaved)
+            assert found.equal(formula(*given, interleaved))
+            assert found.dtype == torch.result_type(x, given[1])
+
+
+def test_rotary_turns_all_channels_where_there_is_an_angle_for_all() -> None:
+    x, cos, sin = heads()
+    assert rotary(x[..., :6], cos, sin, False).equal(rotary(x, cos, sin, False)[..., :6])
+    assert rotary(x, cos, sin, False)[..., 6:].equal(x[..., 6:])
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_rotary_gradients(rows: int, interleaved: bool) -> None:
+    inputs = tuple(part.requires_grad_() for part in heads(torch.float64, rows))
+    assert torch.autograd.gradcheck(lambda *given: rotary(*given, interleaved), inputs)
+    torch.library.opcheck(rotary.default, (*inputs, interleaved))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_have_the_dtypes_of_what_they_are_of(dtype: torch.dtype) -> None:
+    x, cos, sin = heads()
+    given = [part.requires_grad_() for part in (x.to(dtype), cos, sin)]
+    grads = torch.autograd.grad(rotary(*given, True).sum(), given)
+    assert [grad.dtype for grad in grads] == [dtype, torch.float32, torch.float32]
+
+
+def test_angles_that_are_not_trained_keep_no_heads_in_memory() -> None:
+    x, cos, sin = heads()
+    kept: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        rotary(x.requires_grad_(), cos, sin, False)
+    assert kept == [cos.shape, sin.shape]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": noise(2, 3, 5)}, "x has 3 axes"),
+        ({"x": noise(2, 3, 5, 4)}, "6 channels of 4 cannot be turned"),
+        ({"x": torch.zeros(2, 3, 5, 8, dtype=torch.int64)}, "not floating-point"),
+        ({"x": noise(2, 3, 4, 8)}, "broadcast"),
+        ({"x": noise(3, 3, 5, 8)}, "broadcast"),
+        ({"x": noise(1, 3, 5, 6)}, "more rows of angles"),
+        ({"cos": noise(2, 5, 2)}, "one width"),
+        ({"sin": noise(2, 1, 5, 3)}, "axes"),
+        ({"cos": noise(2, 5, 0), "sin": noise(2, 5, 0)}, "0 channels"),
+    ],
+)
+def test_the_shape_rule_of_rotary_refuses_parts_that_do_not_fit(
+    changes: dict[str, Tensor], message: str
+) -> None:
+    given = dict(zip(("x", "cos", "sin"), heads(), strict=True)) | changes
+    with pytest.raises(RuntimeError, match=message):
+        rotary(**{key: part.to("meta") for key, part in given.items()}, interleaved=False)
 
 
 def test_a_second_registration_is_an_error() -> None:
