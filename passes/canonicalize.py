@@ -15,6 +15,7 @@ from .canonical.products import (
     raise_grouped_attention,
     raise_linears,
 )
+from .canonical.rotary import raise_rotaries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,9 @@ class Canonicalize(Pass):
     3. ``x * rsqrt(mean(x^2) + eps) * g`` becomes ``rms_norm(x, g, eps)``, the centred form
        ``layer_norm``;
     4. ``x/2 (1 + tanh(...))`` and ``x/2 (1 + erf(...))`` become ``gelu``;
-    5. repeated key and value heads become grouped attention.
+    5. ``x cos + (-x2, x1) sin``, with x in pairs (x1, x2), becomes ``rotary``, and takes in the
+       channels behind x that a model leaves as they are;
+    6. repeated key and value heads become grouped attention.
 
     What matches none of these stays as it is.  Sums may be taken in another order, so outputs may
     round differently; in exact arithmetic they are equal.
@@ -54,6 +57,7 @@ class Canonicalize(Pass):
                 "biases taken into linears": len(raise_biases(program, graph)),
                 "norms raised": len(raise_norms(program, graph)),
                 "gelus raised": len(raise_gelus(program, graph)),
+                "rotaries raised": len(raise_rotaries(program, graph)),
                 "attentions grouped": len(raise_grouped_attention(program, graph)),
             }
             remarks += [

@@ -12,7 +12,6 @@ from torch import fx
 
 from .builder import onnx_dtype
 from .emitter import Emitter, Operand, dtype_of, sizes_of, torch_dtype
-from .rotary import rotary
 
 aten = torch.ops.aten
 Handler = Callable[..., Any]
@@ -52,11 +51,6 @@ def arithmetic(kind: str) -> Handler:
         return e.op(kind, e.tensor(x, dtype), second)
 
     return translate
-
-
-def _add(e: Emitter, node: fx.Node, x: Operand, y: Operand, alpha: Operand = 1) -> Any:
-    turned = rotary(e, node, x, y) if alpha == 1 else None
-    return arithmetic("Add")(e, node, x, y, alpha) if turned is None else turned
 
 
 def _rsub(e: Emitter, node: fx.Node, x: Operand, y: Operand, alpha: Operand = 1) -> Any:
@@ -269,7 +263,7 @@ def _scalar_tensor(e: Emitter, node: fx.Node, value: Operand, **_: Any) -> Any:
 
 
 HANDLERS: dict[Any, Handler] = {
-    aten.add.Tensor: _add,
+    aten.add.Tensor: arithmetic("Add"),
     aten.add.Scalar: arithmetic("Add"),
     aten.sub.Tensor: arithmetic("Sub"),
     aten.sub.Scalar: arithmetic("Sub"),

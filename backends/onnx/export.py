@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ...ir import LoweringError, Program
-from ...passes import ConvertDtype, PassContext, Remark
+from ...passes import Canonicalize, ConvertDtype, PassContext, Remark
 from ..base import Backend
 from ..companions import write_companions
 from ..session import Session
@@ -51,6 +51,12 @@ class Onnx(Backend):
             raise ValueError(f"accuracy_level is 0 to 4, got {self.accuracy_level}")
 
     def prepare(self, program: Program) -> Program:
+        """Return the program in canonical form, which has single nodes, and in the dtype to write.
+
+        A pipeline begins with that form; a program that comes from none, or was saved by an earlier
+        version, may not have it.
+        """
+        program = Canonicalize()(program, PassContext()).program
         dtype = self.dtype or _fitting_dtype(program)
         if dtype is None or self.computes_in(program) == dtype:
             return program

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from . import attention, cached, elementwise, integers, norms, products, quantized, shaping
+from . import attention, cached, elementwise, integers, norms, products, quantized, rotary, shaping
 
 HANDLERS: dict[Any, Callable[..., Any]] = {
     **elementwise.HANDLERS,
@@ -18,6 +18,7 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
     **norms.HANDLERS,
     **products.HANDLERS,
     **attention.HANDLERS,
+    **rotary.HANDLERS,
     **cached.HANDLERS,
     **quantized.HANDLERS,
     **integers.HANDLERS,

@@ -2,9 +2,8 @@
 
 Scale channel c of a linear's output by s[c].  Calls that move, negate or multiply channels hand the
 scale on; a sum asks that both of its sides have one scale; a product of queries with keys asks that
-their scales cancel.  That is all there is to rotary positions: ``x cos + turned(x) sin`` makes the
-two channels of a pair share one scale, whether pairs are halves or neighbours, and leaves channels
-alone that are not turned.  What meets any other call must not be scaled at all.
+their scales cancel.  Rotary positions make the two channels of a pair share one scale, and leave
+channels alone that are not turned.  What meets any other call must not be scaled at all.
 """
 
 from __future__ import annotations
@@ -16,8 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from ...ir import Attention
+from ...ir import Attention, Rotary
 from ...ir.calls import aten
+from ...ir.ops import pairs
 from ..canonical.match import is_call
 from ..canonical.places import FOREIGN, is_move
 from .entries import Entries, Part
@@ -29,7 +29,7 @@ _SAME = (
     aten.contiguous.default,
     aten.alias.default,
 )
-_MOVES = (aten.stack.default, aten.flatten.using_ints, aten.repeat.default)
+_MOVES = (aten.flatten.using_ints, aten.repeat.default)
 _TIMES = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
 _PLUS = (aten.add.Tensor, aten.sub.Tensor)
 _PRODUCTS = (aten.matmul.default, aten.bmm.default)
@@ -91,6 +91,8 @@ class Channels:
             return  # a size
         elif (attention := Attention.match(node)) is not None:
             self._attend(attention)
+        elif (rotary := Rotary.match(node)) is not None:
+            self._turn(rotary)
         elif is_call(node, _PRODUCTS):
             self._multiply(node)
         elif is_call(node, _SAME):
@@ -137,6 +139,14 @@ class Channels:
             wide = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
             self.inverse.append(_pairs(query.expand(wide.shape), wide))
         self._fix(attention.node, *others)
+
+    def _turn(self, rotary: Rotary) -> None:
+        ids = self.ids.get(rotary.input)
+        if ids is None or rotary.cos in self.ids or rotary.sin in self.ids:
+            self._fix(rotary.node, *rotary.node.all_input_nodes)
+            return
+        self.ids[rotary.node] = ids
+        self.equal.append(_pairs(*pairs(ids[..., : rotary.turned], rotary.interleaved)))
 
     def _multiply(self, node: fx.Node) -> None:
         left, right = (self.ids.get(n) for n in node.args[:2])  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .match import aten, is_call
+from .match import aten, is_call, same_value
 
 FOREIGN = -1  # the place of an entry that comes from somewhere else
 
@@ -30,6 +30,7 @@ _MOVES = (
     aten.unbind.int,
     aten.repeat_interleave.self_int,
     aten.cat.default,
+    aten.stack.default,
 )
 
 
@@ -58,6 +59,35 @@ def places(source: fx.Node, numbers: Tensor) -> dict[fx.Node, Any]:
             found[node] = node.target(*args, **node.kwargs)
         node = node.next
     return found
+
+
+def made_of(node: fx.Node, source: fx.Node, numbers: Tensor, *passed: Any) -> Any:
+    """Return the number of the entry of ``source`` that each entry of ``node`` is, or of its minus.
+
+    Args:
+        node: a value.
+        source: what it may be made of; so may be equal calls of equal values.
+        numbers: int64, one for each entry of ``source``; those of its minus are negative.
+        passed: calls that do something to each entry of their first operand, to be overlooked.
+
+    Returns:
+        None where ``node`` is made of anything else, too, or in another way.
+    """
+    if same_value(node, source):
+        return numbers
+    if not isinstance(node.meta["val"], Tensor | tuple | list):
+        return _number(node.meta["val"])  # a size
+    if not is_move(node) and not is_call(node, (aten.neg.default, *passed)):
+        return None
+    operands = node.all_input_nodes[:1] if is_call(node, passed) else node.all_input_nodes
+    found = {each: made_of(each, source, numbers, *passed) for each in operands}
+    if any(part is None for part in found.values()):
+        return None
+    if is_call(node, passed):
+        return found[operands[0]]
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), found.__getitem__)
+    assert callable(node.target)
+    return node.target(*fx.node.map_aggregate(args, _number), **kwargs)
 
 
 def numbered(value: Tensor, axes: tuple[int, ...]) -> Tensor:

@@ -13,6 +13,7 @@ from modelathe.ir import (
     Norm,
     Program,
     QuantizedLinear,
+    Rotary,
     find_blocks,
     insert_call,
     path_of,
@@ -129,16 +130,13 @@ def move_positions(found: Program, graph: fx.Graph) -> None:
 @edit
 def turn_queries_one_position_further(found: Program, graph: fx.Graph) -> None:
     """The rotary angle of the queries, and not of the keys, is that of the next position."""
-    cosine = next(node for node in graph.nodes if node.target is aten.cos.default)
-    angle = cosine.args[0]
-    query = attentions(graph)[0].query
-    before = next(iter(cosine.users))
-    turned = insert_call(graph, aten.add.Tensor, (angle, 1.0), before=before, like=cosine)
-    other = insert_call(graph, aten.cos.default, (turned,), before=before, like=cosine)
-    reader = next(node for node in query.all_input_nodes if node.target is aten.mul.Tensor)
-    old = next(node for node in reader.all_input_nodes if node.target is aten.unsqueeze.default)
-    wide = insert_call(graph, aten.unsqueeze.default, (other, 1), before=reader, like=reader)
-    reader.replace_input_with(old, wide)
+    query = Rotary.match(attentions(graph)[0].query)
+    assert query is not None
+    turned = insert_call(
+        graph, aten.add.Tensor, (query.cos.args[0], 1.0), before=query.node, like=query.cos
+    )
+    cos = insert_call(graph, aten.cos.default, (turned,), before=query.node, like=query.cos)
+    query.node.replace_input_with(query.cos, cos)
 
 
 @edit

@@ -18,7 +18,7 @@ from modelathe.backends.onnx.genai import genai_config, genai_obstacle
 from modelathe.ir import Program
 from modelathe.passes import PassContext, QuantizeWeights
 from support.feeds import feed
-from support.models import canonical, module
+from support.models import canonical, module, program
 from support.numeric import relative_error
 from support.onnx_models import emitted
 
@@ -77,6 +77,17 @@ def test_external_tensors_are_aligned(tmp_path: Path) -> None:
     ]
     assert len(places) > 5
     assert all(place % ALIGNMENT == 0 for place in places)
+
+
+def test_a_program_that_comes_from_no_pipeline_is_made_canonical(tmp_path: Path) -> None:
+    kinds = []
+    for number, made in enumerate((program("llama"), canonical("llama"))):
+        folder = tmp_path / str(number)
+        Onnx().lower(made).save(folder)
+        model = onnx.load(folder / "model.onnx")
+        kinds.append(sorted(node.op_type for node in model.graph.node))
+    assert kinds[0] == kinds[1]
+    assert kinds[0].count("RotaryEmbedding") == 4
 
 
 def test_metadata_says_how_the_file_was_made(tmp_path: Path) -> None:

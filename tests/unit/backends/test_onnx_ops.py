@@ -34,17 +34,18 @@ def _attend(g: Given, **options: object) -> Tensor:
     return result
 
 
-def _rotary(g: Given, kind: str) -> Tensor:
-    """Return a rotary embedding of the image, ``[b, 4 heads, 6 places, 6 numbers]``."""
-    x, angles = g.image, g.w.shared[None, :, :3]
-    if kind == "neighbours":
-        turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
-        angles = angles.repeat_interleave(2, -1)
-    else:
-        turned = torch.cat([-x[..., 3:], x[..., :3]], -1)
-        other = angles if kind == "halves" else angles + 1
-        angles = torch.cat([angles, other], -1)
-    return x * angles.cos().unsqueeze(1) + turned * (0.5 * angles.sin()).unsqueeze(1)
+def _rotary(g: Given, interleaved: bool, own: bool = False, width: int = 6) -> Tensor:
+    """Turn channels of the image, ``[b, 4 heads, 6 places, 6 numbers]``.
+
+    Args:
+        g: what there is.
+        interleaved: pairs are neighbours.
+        own: every row of the batch has its own angles.
+        width: how many channels are turned.
+    """
+    angles = g.image[:, 0, :, : width // 2] if own else g.w.shared[None, :, : width // 2]
+    result: Tensor = torch.ops.modelathe.rotary(g.image, angles.cos(), angles.sin(), interleaved)
+    return result
 
 
 _EYE = torch.eye(3, dtype=torch.bool)
@@ -136,9 +137,13 @@ CASES: Mapping[str, Callable[[Given], Tensor]] = {
     "grouped attention": lambda g: functional.scaled_dot_product_attention(
         torch.cat([g.heads, g.heads], 1), g.heads, g.heads, enable_gqa=True
     ),
-    "rotary of halves": lambda g: _rotary(g, "halves"),
-    "rotary of neighbours": lambda g: _rotary(g, "neighbours"),
-    "no rotary: the angles of a pair differ": lambda g: _rotary(g, "unequal"),
+    "rotary of halves": lambda g: _rotary(g, False),
+    "rotary of neighbours": lambda g: _rotary(g, True),
+    "rotary of halves of a part": lambda g: _rotary(g, False, own=True, width=4),
+    "rotary of neighbours of a part": lambda g: _rotary(g, True, own=True, width=2),
+    "rotary in float64": lambda g: torch.ops.modelathe.rotary(
+        g.image.double(), g.image[:, 0, :, :3], g.image[:, 1, :, :3], True
+    ),
     "views": lambda g: g.x.view(-1, 2, 9).reshape(g.x.shape[0], 18).unflatten(1, (9, 2)).flatten(1),
     "axes": lambda g: g.x.movedim(1, 2).unsqueeze(1).squeeze(1).permute(0, 2, 1).mT.flip(1, 2),
     "expansion": lambda g: g.x[:, :1].expand(-1, 4, -1) + g.w.row.expand(g.x.shape[0], 4, 6),
@@ -224,7 +229,7 @@ def _results(opset: int, batch: int) -> tuple[dict[str, Tensor], dict[str, Tenso
 
 
 def test_rotary_embeddings_are_single_nodes() -> None:
-    assert operators(emitted(_program()))["RotaryEmbedding"] == 2
+    assert operators(emitted(_program()))["RotaryEmbedding"] == 4
     assert operators(emitted(_program(), opset=18))["RotaryEmbedding"] == 0
 
 

@@ -16,6 +16,7 @@ from modelathe.ir import (
     Program,
     QuantizedEmbedding,
     QuantizedLinear,
+    Rotary,
     capture,
     is_weight,
     verify,
@@ -33,6 +34,7 @@ VIEWS = (
     Norm,
     QuantizedEmbedding,
     QuantizedLinear,
+    Rotary,
 )
 aten = torch.ops.aten
 
@@ -52,6 +54,7 @@ def test_each_call_has_one_view_at_most() -> None:
     quantized = QuantizeWeights(group_size=8)(program("tied-head")).program
     assert views(quantized) == ["QuantizedEmbedding", "Norm", "QuantizedLinear"]
     assert views(canonical("llama")).count("Attention") == 2
+    assert views(canonical("llama")).count("Rotary") == 4
     folds = ["Convolution", "BatchNorm"] * 2
     assert views(program("conv-norms")) == [*folds, "BatchNorm", "Linear"]
 
@@ -66,6 +69,17 @@ def test_a_linear(bias: bool) -> None:
     assert is_weight(view.weight)
     assert not is_weight(view.input)
     assert not is_weight(None)
+
+
+def test_a_rotary_embedding() -> None:
+    copy = canonical("llama").editable()
+    node = next(node for node in copy.graph.nodes if Rotary.match(node))
+    view = Rotary.match(node)
+    assert view is not None
+    assert (view.input, view.cos, view.sin, view.interleaved) == node.args
+    assert view.turned == view.input.meta["val"].shape[-1] == 8
+    node.args, node.kwargs = node.args[:2], {"sin": view.sin, "interleaved": view.interleaved}
+    assert Rotary.match(node) == view
 
 
 def test_arguments_by_name_are_found_too() -> None:

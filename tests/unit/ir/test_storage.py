@@ -26,7 +26,7 @@ from modelathe.ir import (
 )
 from modelathe.ir.storage import PROGRAM_FILE, WEIGHTS_FILE
 from support.feeds import feed
-from support.models import MODELS, program
+from support.models import MODELS, canonical, program
 from support.numeric import assert_same_bits
 
 Description = dict[str, Any]
@@ -49,6 +49,16 @@ def test_saving_and_loading_keeps_everything(name: str, tmp_path: Path) -> None:
         assert [node.meta.get("custom") for node in again.graphs[graph].nodes] == notes
         inputs = feed(found, graph, sequence=3, past=2)
         assert_same_bits(again.run(inputs, graph), found.run(inputs, graph))
+
+
+def test_so_it_does_with_operators_of_our_own(tmp_path: Path) -> None:
+    found = canonical("llama")
+    save_program(found, tmp_path)
+    again = load_program(tmp_path)
+    assert "modelathe.rotary(" in to_text(again)
+    assert fingerprint(again) == fingerprint(found)
+    inputs = feed(found, sequence=3, past=2)
+    assert_same_bits(again.run(inputs), found.run(inputs))
 
 
 def test_weights_stay_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
