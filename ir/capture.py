@@ -57,26 +57,49 @@ def capture(
     """
     if isinstance(model, nn.Module):
         return _capture_module(model, example_inputs, dynamic_shapes, report)
+    text, kind = str(model), _kind_of(model)
+    if revision is not None and kind != "hub":
+        raise CaptureError(
+            f"{text}: is no hub id, so there is no revision {revision} of it",
+            remedy="leave the revision out",
+        )
+    match kind:
+        case "demo":
+            path = Path(__file__).parents[1] / "demo" / "model"
+            return replace_origin(_capture_folder(path, allow_pickle, report), model=DEMO)
+        case "pt2":
+            return _capture_pt2(Path(model), allow_pickle, report)
+        case "program":
+            return load_program(Path(model), report)
+        case "folder":
+            return _capture_folder(Path(model), allow_pickle, report)
+        case "factory":
+            return _capture_factory(text, report)
+        case _:
+            folder = fetch(text, revision, allow_pickle)
+            return replace_origin(_capture_folder(folder, allow_pickle, report), model=text)
+
+
+def _kind_of(model: str | Path) -> str:
+    """Return what a text or a path stands for.
+
+    Raises:
+        CaptureError: it is a path of something that is no model.
+    """
     if model == DEMO:
-        path = Path(__file__).parents[1] / "demo" / "model"
-        return replace_origin(_capture_folder(path, allow_pickle, report), model=DEMO)
-    text, path = str(model), Path(model)
+        return "demo"
+    path = Path(model)
     if path.suffix == ".pt2":
-        return _capture_pt2(path, allow_pickle, report)
+        return "pt2"
     if path.is_dir():
-        if is_program_folder(path):
-            return load_program(path, report)
-        return _capture_folder(path, allow_pickle, report)
+        return "program" if is_program_folder(path) else "folder"
     if path.exists():
         raise CaptureError(
-            f"{text}: is a file, not a model folder", remedy="pass the folder that it lies in"
+            f"{model}: is a file, not a model folder", remedy="pass the folder that it lies in"
         )
     if isinstance(model, Path):
-        raise CaptureError(f"{text}: no such folder", remedy="check the path")
-    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", text):
-        return _capture_factory(text, report)
-    folder = fetch(text, revision, allow_pickle)
-    return replace_origin(_capture_folder(folder, allow_pickle, report), model=text)
+        raise CaptureError(f"{model}: no such folder", remedy="check the path")
+    return "factory" if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", model) else "hub"
 
 
 def replace_origin(program: Program, **changes: Any) -> Program:
