@@ -42,8 +42,8 @@ def writing(out: Path, *, force: bool = False) -> Iterator[Path]:
             else's where a new one must go.
     """
     target = Path(os.path.realpath(out))  # of a link to a folder, the folder is replaced
-    partial = target.with_name(f"{target.name}.partial")
     _check_target(out, target, force)
+    partial = target.with_name(f"{target.name}.partial")
     target.parent.mkdir(parents=True, exist_ok=True)
     with _claim(partial):
         _recover(partial, target)
@@ -68,8 +68,8 @@ def check_writable(out: Path, *, force: bool = False) -> None:
         OSError: nothing can be written there.
     """
     target = Path(os.path.realpath(out))
-    partial = target.with_name(f"{target.name}.partial")
     _check_target(out, target, force)
+    partial = target.with_name(f"{target.name}.partial")
     target.parent.mkdir(parents=True, exist_ok=True)
     _check_idle(partial)
     with _claim(partial):
@@ -155,6 +155,8 @@ def _leave(partial: Path) -> None:
 
 
 def _check_target(out: Path, target: Path, force: bool) -> None:
+    if not target.name:  # the root of a file system has nothing beside it
+        raise StorageError(f"{out}: cannot be replaced", remedy="choose a folder below it with -o")
     if not target.exists():
         return
     if not target.is_dir():
