@@ -127,6 +127,7 @@ def plan(program: Program, pipeline: Pipeline, backend: Backend, out: str | None
     """
     from ..passes import to_spec
 
+    _check_required(program, pipeline)
     estimate = Estimate.of(program)
     before = estimate
     steps = []
@@ -154,6 +155,20 @@ def plan(program: Program, pipeline: Pipeline, backend: Backend, out: str | None
         "backend": to_spec(backend),
         "out": out,
     }
+
+
+def _check_required(program: Program, pipeline: Pipeline) -> None:
+    """Ask the passes that meet the model as it is, but for rounding, whether they take it.
+
+    Those behind the first lossy pass meet another model, with fewer blocks or codes for weights.
+    """
+    from ..passes import Canonicalize, Fidelity
+
+    found = Canonicalize()(program, pipeline.context).program
+    for pass_ in pipeline.passes:
+        pass_.requires(found)
+        if pass_.fidelity is Fidelity.LOSSY:
+            return
 
 
 def _options(pass_: Pass) -> dict[str, str]:

@@ -205,3 +205,11 @@ def test_text_that_the_model_writes_is_kept_for_the_next_run(
     assert first.json["data"] == again.json["data"]
     weights = [found.json["files"]["weights.safetensors"] for found in (first, again)]
     assert weights[0] == weights[1]
+
+
+def test_a_dry_run_refuses_what_the_run_would(cli: Any, program: Path) -> None:
+    done = cli("run", program, "-p", "fold-norms,prune-blocks{count=3}", "--dry-run")
+    done.assert_refused()
+    assert "that removes all 3 blocks" in done.err
+    later = "prune-blocks{count=1},prune-blocks{count=2},tie-blocks{unique=5}"
+    assert cli("run", program, "-p", later, "--dry-run").status == 0
