@@ -87,8 +87,11 @@ def _pass_notes(error: BaseException) -> list[str]:
 
 def _more_about(error: BaseException) -> str:
     """Return where the options are listed that an error without a remedy is about."""
+    from ..ir.errors import SpecSyntaxError
     from ..passes.spec import where_options_are
 
+    if isinstance(error, SpecSyntaxError):
+        return "a pipeline is name{option=value option=value},name: see modelathe passes"
     for note in _pass_notes(error):
         name = note.partition(": ")[2].partition("{")[0]
         if name and ":" not in name:  # a class given by its import path is not listed

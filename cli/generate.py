@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import AllowPickle, Debug, Json, Threads
+from .options import SEEDS, AllowPickle, Debug, Json, Threads
 from .screen import Screen
 from .sources import open_session
 
@@ -31,7 +31,8 @@ def command(
         float | None, typer.Option(metavar="P", help="Sample among the most likely share P.")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(metavar="S", help="Equal seeds give equal samples.")
+        int | None,
+        typer.Option(min=0, max=SEEDS, metavar="S", help="Equal seeds give equal samples."),
     ] = None,
     threads: Threads = 0,
     allow_pickle: AllowPickle = False,

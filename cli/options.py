@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+SEEDS = 2**32 - 1  # the largest seed that every generator takes
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and library warnings.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what an earlier run wrote there.")]

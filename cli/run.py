@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .cache import cache_folder
-from .options import AllowPickle, Debug, Force, Json
+from .options import SEEDS, AllowPickle, Debug, Force, Json
 from .plan import plan, show_plan
 from .recipe import PipelineText, pipeline_text
 from .report import choices, fidelity_line, remark_lines, step_rows
@@ -62,7 +62,10 @@ def command(
         bool, typer.Option("--no-check", help="Neither check passes nor the artifact's outputs.")
     ] = False,
     seed: Annotated[
-        int, typer.Option(rich_help_panel=TEXT, metavar="S", help="Of everything random.")
+        int,
+        typer.Option(
+            rich_help_panel=TEXT, min=0, max=SEEDS, metavar="S", help="Of everything random."
+        ),
     ] = 0,
     calibration: Annotated[
         str | None,
@@ -135,10 +138,14 @@ def command(
 
     Without -p it is a plain export.  What passes exist: modelathe passes.
     """
-    if out is None and not dry_run:
-        raise typer.BadParameter("say where to write: -o OUT (or --dry-run to write nothing)")
-    if resume and dry_run:
-        raise typer.BadParameter("--resume goes on with a run, and --dry-run makes none")
+    measured = {
+        "--max-kl": max_kl,
+        "--max-perplexity-increase": max_perplexity_increase,
+        "--min-agreement": min_agreement,
+        "--check-text": check_text,
+    }
+    asked = [name for name, value in measured.items() if value is not None]
+    _check_together(out, dry_run, resume, asked if no_check else [])
     screen = Screen(as_json=as_json)
     with screen.quiet_libraries(debug=debug):
         from ..backends.output import check_writable, kept_state, resumable
@@ -197,6 +204,16 @@ def command(
                     screen.progress.note(f"what was learned so far is kept: {words} goes on")
                 raise
     return screen.emit(manifest) if as_json else show(screen, manifest, out)
+
+
+def _check_together(out: Path | None, dry_run: bool, resume: bool, unread: list[str]) -> None:
+    """Refuse options that contradict each other; ``unread`` ask for checks that are not made."""
+    if out is None and not dry_run:
+        raise typer.BadParameter("say where to write: -o OUT (or --dry-run to write nothing)")
+    if resume and dry_run:
+        raise typer.BadParameter("--resume goes on with a run, and --dry-run makes none")
+    if unread:
+        raise typer.BadParameter(f"--no-check measures nothing, so drop it or {', '.join(unread)}")
 
 
 def parse_backend(text: str) -> Backend:
