@@ -73,8 +73,10 @@ def check_writable(out: Path, *, force: bool = False) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     _check_idle(partial)
     with _claim(partial):
-        _recover(partial, target)
-        _leave(partial)
+        try:
+            _recover(partial, target)
+        finally:
+            _leave(partial)
     _check_target(out, target, force)
 
 

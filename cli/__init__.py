@@ -17,6 +17,8 @@ import typer
 
 from . import boundary
 
+_received: list[int] = []  # signals that asked this process to end
+
 COMMANDS = ("run", "inspect", "eval", "bench", "generate", "diff", "passes", "backends", "demo")
 
 
@@ -41,7 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  the one place that reports all
-        return boundary.report(error, debug=debug)
+        # A library may have made an error of its own of what the signal raised in it.
+        if signal.SIGTERM in _received:
+            return 128 + signal.SIGTERM
+        return boundary.report(KeyboardInterrupt() if _received else error, debug=debug)
 
 
 def app() -> typer.Typer:
@@ -71,6 +76,8 @@ def _invoke(words: list[str]) -> int:
         raise KeyboardInterrupt from None
     except typer.Exit as done:
         status = done.exit_code
+    if status == boundary.INTERRUPTED:  # what typer makes of Ctrl-C
+        raise KeyboardInterrupt
     sys.stdout.flush()
     return status if isinstance(status, int) else 0
 
@@ -104,9 +111,14 @@ def _quiet_libraries() -> None:
 
 
 def _end_politely() -> None:
-    """Let a request to end (SIGTERM) run the clean-up that Ctrl-C runs."""
+    """Let a request to end (SIGTERM) run the clean-up that Ctrl-C runs, and remember both."""
 
     def end(number: int, frame: FrameType | None) -> None:
+        _received.append(number)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
         raise SystemExit(128 + number)
 
     signal.signal(signal.SIGTERM, end)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as it is for a shell's job
+        signal.signal(signal.SIGINT, end)

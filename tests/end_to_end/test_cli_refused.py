@@ -188,9 +188,10 @@ def test_an_interrupted_run_leaves_nothing_that_looks_finished(
             assert time.monotonic() < end
             time.sleep(0.002)
         process.send_signal(number)
-        process.wait(timeout=60)
+        _, said = process.communicate(timeout=60)
     assert process.returncode in (status, 0)  # it may have been faster than the signal
     if process.returncode:
         assert not out.exists()
+        assert said == {130: "error: interrupted; nothing was left half-written\n"}.get(status, "")
     assert cli(*words, "--force").status == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]

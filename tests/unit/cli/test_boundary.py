@@ -186,6 +186,31 @@ assert not set({heavy!r}) & set(sys.modules), set({heavy!r}) & set(sys.modules)
     assert "--calibration-samples" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("number", "status", "said"),
+    [("SIGINT", 130, "error: interrupted; nothing was left half-written\n"), ("SIGTERM", 143, "")],
+)
+def test_a_library_may_make_an_error_of_its_own_of_a_signal(
+    number: str, status: int, said: str
+) -> None:
+    code = f"""
+import signal, sys
+from modelathe.cli import main, passes
+signal.signal(signal.SIGINT, signal.default_int_handler)
+def library(*_, **__):
+    try:
+        signal.raise_signal(signal.{number})
+    except BaseException:
+        raise RuntimeError("of its own") from None
+passes.list_or_show = library
+sys.argv[1:] = ["passes"]
+sys.exit(main())
+"""
+    command = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (status, said)
+
+
 def test_version(cli: Cli) -> None:
     assert cli("--version").out.startswith("modelathe 0.")
 
