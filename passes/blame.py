@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from ..ir import Program, call_name, path_of
+from ..ir import Program, call_name, is_finite, path_of
+from .outputs import batches, predictions, token_batch
 from .probes import Inputs
 
 
@@ -16,6 +18,43 @@ def place_of(node: fx.Node) -> str:
     """Return a call as messages name it, such as ``%linear_3 (aten.linear of h.0.mlp.c_fc)``."""
     path = path_of(node)
     return f"%{node.name} ({call_name(node)}{f' of {path}' if path else ''})"
+
+
+@dataclass(slots=True)
+class NotFinite:
+    """Watches a run for the first call that gives nan or inf.
+
+    Attributes:
+        place: that call as messages name it; empty if there was none.
+    """
+
+    place: str = ""
+
+    def observe(self, node: fx.Node, value: Any) -> None:
+        """Look at a value."""
+        if self.place or node.op != "call_function" or not isinstance(value, Tensor):
+            return
+        if bool((value.isnan() | value.isposinf()).any()):  # masks hold -inf on purpose
+            self.place = place_of(node)
+
+
+def not_finite(program: Program, tokens: Tensor, device: str = "cpu") -> str:
+    """Return the first call that gives nan or inf, if predictions hold any; empty if not.
+
+    Args:
+        program: reads tokens; computed in float32.
+        tokens: int64 [windows, length].
+        device: where to compute.
+    """
+    watch = NotFinite()
+
+    def run(inputs: Inputs, graph: str) -> dict[str, Tensor]:
+        return program.run(inputs, graph, watch.observe, torch.float32, device=device)
+
+    for batch in batches(tokens):
+        if not is_finite(predictions(program, token_batch(program, batch), run)):
+            return watch.place or "an output"
+    return ""
 
 
 def first_wrong_node(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from ..ir import MAIN, FidelityError, Program, is_finite
-from .blame import place_of
+from .blame import NotFinite, place_of
 from .context import maximum_length
 from .fidelity import EXACT, Measured, relative_error
 from .probes import Inputs, empty_cache, feeds, next_cache, probe, probes
@@ -88,19 +88,12 @@ def judge_finite(measured: Measured, before: Program, after: Program, where: str
 def _not_finite(program: Program) -> str | None:
     """Return the first call that makes nan or inf, if outputs hold any on unpadded inputs."""
     for graph, inputs in probes(program):
-        found: list[str] = []
-
-        def watch(node: fx.Node, value: Any, found: list[str] = found) -> None:
-            if not isinstance(value, Tensor) or node.op != "call_function" or found:
-                return
-            if bool((value.isnan() | value.isposinf()).any()):  # masks hold -inf on purpose
-                found.append(place_of(node))
-
+        watch = NotFinite()
         if any(bool((v == 0).any()) for name, v in inputs.items() if "mask" in name):
             continue  # attention to nothing at all
-        outputs = program.run(inputs, graph, observe=watch)
+        outputs = program.run(inputs, graph, observe=watch.observe)
         if not all(map(is_finite, outputs.values())):
-            return found[0] if found else graph
+            return watch.place or graph
     return None
 
 

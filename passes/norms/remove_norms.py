@@ -11,6 +11,7 @@ from torch import fx
 from ...ir import Norm, PassError, Program, call_key, mark, marks_of
 from ..analysis.norm_deviations import Deviation, norm_deviations
 from ..base import Fidelity, PassContext, PassResult, Remark
+from ..blame import not_finite
 from ..context import reads_tokens
 from ..data import TokenWindows
 from ..fidelity import Reference
@@ -51,6 +52,9 @@ class RemoveNorms(SwitchingPass):
     where the KL divergence passes it: on the calibration text, norm by norm in the same order, or
     while healing, where a norm waits until the last step was below it.  What is frozen by then
     stays frozen.
+
+    Freezing all norms at once can let values grow from block to block until they overflow, as in
+    models whose MLPs multiply two values; that is an error.
 
     Refuses (``missed``) a LayerNorm that something else than a linear of its own reads, such as
     the residual stream of a post-norm block, because the mean of its input stays; an RMSNorm there
@@ -133,6 +137,7 @@ class RemoveNorms(SwitchingPass):
             return PassResult(program, tuple(remarks))
         plan = {name: self._constant(measured[name], path) for name, path in sites.items()}
         result = self._within_target(program, plan, context)
+        _check_finite(result.program, context)
         kept = result.program if result.modified else whole
         return PassResult(kept, (*remarks, *result.remarks))
 
@@ -171,9 +176,8 @@ class RemoveNorms(SwitchingPass):
         if self.target_kl is None:
             return frozen(program, plan, self.untie)
         names = list(plan)
-        windows = context.calibration_tokens(program)
-        some = TokenWindows.of(windows.tokens[:_CHECK_WINDOWS], windows.source)
-        reference = Reference(program, replace(context.fresh(), check_text=some))
+        windows = _some_windows(program, context)
+        reference = Reference(program, replace(context.fresh(), check_text=windows))
         low, high = 0, len(names)
         while low < high:  # the divergence grows with what is frozen, near enough
             middle = (low + high + 1) // 2
@@ -234,6 +238,26 @@ class RemoveNorms(SwitchingPass):
 def _is_special(found: Deviation) -> bool:
     """Tell whether first tokens are unlike the others, as far as these are alike."""
     return found.first is not None and abs(found.first - found.usual) > _UNLIKE * found.spread
+
+
+def _some_windows(program: Program, context: PassContext) -> TokenWindows:
+    windows = context.calibration_tokens(program)
+    return TokenWindows.of(windows.tokens[:_CHECK_WINDOWS], windows.source)
+
+
+def _check_finite(program: Program, context: PassContext) -> None:
+    """Check that with frozen norms the calibration text gives numbers.
+
+    Raises:
+        PassError: it does not.
+    """
+    tokens = _some_windows(program, context).tokens
+    if place := not_finite(program, tokens, context.device):
+        raise PassError(
+            f"remove-norms: with all norms frozen at once values overflow, first at {place}",
+            remedy="let heal freeze them one by one, remove-norms{schedule=progressive},heal; "
+            "or freeze some, target-kl=0.5",
+        )
 
 
 def _first(plan: Mapping[str, Constant], count: int) -> dict[str, Constant]:

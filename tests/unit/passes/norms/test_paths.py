@@ -1,0 +1,50 @@
+"""Where norms lead to, and linears that are split for it and joined again."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from modelathe.ir import Linear, Norm, Program, marks_of
+from modelathe.passes.norms.paths import path_of_norm, rejoin, split_fused
+from modelathe.passes.probes import probe
+from support.models import canonical
+from support.numeric import assert_same_bits
+
+
+def linears(program: Program) -> list[fx.Node]:
+    return [node for node in program.graph.nodes if Linear.match(node)]
+
+
+def norms(program: Program) -> list[Norm]:
+    return [norm for node in program.graph.nodes if (norm := Norm.match(node))]
+
+
+def test_parts_of_a_linear_stay_apart_where_what_they_read_differs() -> None:
+    program = canonical("gpt2")
+    split = program.editable()
+    for node in split_fused(split, split.graph):
+        scaled = split.graph.call_function(torch.ops.aten.mul.Tensor, (node.args[0], 2.0))
+        node.prepend(scaled)
+        scaled.meta |= {"val": node.args[0].meta["val"]}
+        node.replace_input_with(node.args[0], scaled)
+    before = len(linears(split))
+    rejoin(split, split.graph)
+    assert len(linears(split)) == before > len(linears(program))
+    assert not any(marks_of(node) for node in split.graph.nodes)
+
+
+def test_a_split_and_a_joined_linear_are_the_same() -> None:
+    program = canonical("gpt2")
+    split = program.editable()
+    assert split_fused(split, split.graph)
+    rejoin(split, split.graph)
+    given = probe(program, "main", batch=2, sequence=5, past=3)
+    assert_same_bits(split.run(given), program.run(given))
+    assert len(linears(split)) == len(linears(program))
+
+
+def test_the_paths_of_norms_are_found_in_the_graph() -> None:
+    program = canonical("gpt2")
+    found = [path_of_norm(program.graph, norm) for norm in norms(program)]
+    assert found == ["query-key", "mlp"] * 2 + ["final"]
