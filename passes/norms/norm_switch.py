@@ -61,6 +61,10 @@ class NormSwitch(Switch):
         return 0.5 if self.has_first or self.has_ends else 1.0
 
     @property
+    def live(self) -> bool:
+        return not self.frozen
+
+    @property
     def constant(self) -> Constant:
         """What it divides by, once it is frozen."""
         first = float(self.special) if self.has_first else None

@@ -58,6 +58,10 @@ class RepSwitch(Switch):
         return 1.0 - float(self.share)
 
     @property
+    def live(self) -> bool:
+        return bool(self.share > 0)
+
+    @property
     def rep(self) -> RepParameters:
         """What the RepBN holds; float32."""
         held = (self.gain, self.bias, self.mean, self.variance, self.multiple / self.scale)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -155,8 +155,8 @@ class Heal(Pass):
         updates = self._updates(trainee, context.seed)
         student = Student(trainee)
         trained = self._chosen(program, student, updates)
-        turned = {node: switch for group in switches.values() for node, switch in group.items()}
-        learned, shares = self._learned(trainee, turned)
+        single = {node: switch for group in switches.values() for node, switch in group.items()}
+        learned, shares = self._learned(trainee, single)
         shares |= depth_shares(program, self.layer_decay)
         for name, update in updates.items():
             shares |= {f"{name}.{part}": shares[name] for part, _ in update.named_parameters()}
@@ -171,7 +171,7 @@ class Heal(Pass):
             warmup=self.warmup,
             patience=self.patience,
             before=_turning(program, switches, steps),
-            turned=_share_turned(turned.values()) if turned else None,
+            switches=tuple(single.values()),
             penalty=self._penalty(program, trainee),
             key=self._key(program, context, batches),
         )
@@ -270,10 +270,6 @@ _MEANT = {
     "norms": "norm with a gain",
     "scales": "quantised weight",
 }
-
-
-def _share_turned(switches: Collection[Switch]) -> Callable[[], float]:
-    return lambda: sum(switch.turned for switch in switches) / len(switches)
 
 
 def _removed_norms(program: Program) -> bool:

@@ -34,6 +34,11 @@ class Switch(nn.Module, ABC):
     def turned(self) -> float:
         """How far it is turned, from 0 to 1, where it is what it will be."""
 
+    @property
+    @abstractmethod
+    def live(self) -> bool:
+        """Whether the call that it replaces still has a part in the result."""
+
     @abstractmethod
     def forward(self, x: Tensor, *rest: Any) -> Tensor:
         """Take the arguments of the call that it replaces."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ..progress import Progress
 from ..state import write_whole
 from .batches import Batches
 from .optimizers import cosine, set_rate
+from .switches import Switch
 
 _LOGITS = 1 << 28  # bytes of predictions held at once; a batch beyond it is read in parts
 _SAVE_SECONDS = 60.0
@@ -92,8 +93,7 @@ class Plan:
         warmup: share of the steps over which it rises.
         patience: judgements without a better one after which a run stops; 0: never.
         before: called before every step, with the step and the loss of the last one.
-        turned: which share of what is switched on the way is what it will be, or None where
-            nothing is.  Judgements are compared only where all of it is.
+        switches: what changes on the way.  Judgements are compared only where all of it has.
         penalty: adds to the loss of a part of a batch, or None; it is given the windows, and
             returns what observes the values and what to add afterwards.
         key: identifies the run, so that no other one's state is gone on from.
@@ -104,7 +104,7 @@ class Plan:
     warmup: float
     patience: int
     before: Callable[[int, float], None]
-    turned: Callable[[], float] | None
+    switches: Sequence[Switch]
     penalty: Callable[[Tensor], tuple[Callable[[fx.Node, Any], None], Callable[[], Tensor]]] | None
     key: str
 
@@ -116,8 +116,8 @@ class Record:
     Attributes:
         step: how many steps are done.
         loss: of the last step, per token.
-        curve: one point per judgement: step, tokens, training loss, share turned, held-out loss
-            by source.
+        curve: one point per judgement: step, tokens, training loss, how far switches are turned on
+            average and how many are live, held-out loss by source.
         best: the lowest mean held-out loss.
         bad: judgements since then.
         since: sum of the losses since the last judgement, and their number.
@@ -252,8 +252,9 @@ class Trainer:
             sums = [float(self._loss(part)[0]) * len(part) for part in parts]
             losses[name] = sum(sums) / len(windows)
         turned = 1.0
-        if self.plan.turned is not None:
-            turned = point["turned"] = self.plan.turned()
+        if switches := self.plan.switches:
+            turned = point["turned"] = sum(switch.turned for switch in switches) / len(switches)
+            point["live"] = sum(switch.live for switch in switches)
         self.record.curve.append({**point, **losses})
         mean = sum(losses.values()) / len(losses)
         if turned == 1.0:

@@ -213,6 +213,14 @@ def test_paths_that_were_separated_for_nothing_are_one_again() -> None:
     assert fingerprint(result.program) == fingerprint(canonical("gpt2"))
 
 
+def test_a_learning_curve_says_how_many_norms_are_live() -> None:
+    marked = removed("gpt2", schedule="progressive", **UNTIED).program
+    live = [point["live"] for point in Heal(**SHORT)(marked, context()).details["curve"]]
+    assert live[0] == len(norms(marked))
+    assert live == sorted(live, reverse=True)
+    assert live[-1] == 0
+
+
 def test_a_short_target_leaves_norms_live_and_says_so() -> None:
     marked = removed("gpt2", schedule="progressive", target_kl=1e-9, **UNTIED).program
     result = Heal(**SHORT)(marked, context())
