@@ -1,12 +1,15 @@
 """What removing norms costs before and after healing, and how much faster the model is then.
 
     python -m modelathe.demo.train --shape gpt2 --output TWIN --minutes 45
-    python benchmarks/norms.py TWIN [--second FILE] [--tokens 200000,1000000] [--out FOLDER]
+    python benchmarks/norms.py TWIN demo [--second FILE] [--tokens 200000,1000000] [--out FOLDER]
 
-For a LayerNorm decoder, and for the demo model (RMSNorm): rise of the cross-entropy in nats on the
-held-out text of the healing source (the demo's, other modules than it heals on) and on a second
-source, norms left, and latency in ONNX Runtime as a ratio to the untouched model (below 1 is
-faster, medians of alternating runs) at three lengths.  Learning curves go to FOLDER.
+For decoders, such as the LayerNorm twin of the demo model and the demo model itself (RMSNorm): rise
+of the cross-entropy in nats on the held-out text of the healing source (the demo's, other modules
+than it heals on) and on a second source, norms left, and latency in ONNX Runtime as a ratio to the
+untouched model (below 1 is faster, medians of alternating runs) at three lengths.  For every run of
+healing, a table of its judgements: norms that are live and KL on held-out text, by source.  The
+same is drawn into FOLDER.  What cannot be frozen at once is said to be refused; with
+``--progressive`` norms are frozen one by one while healing.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from modelathe.backends import Onnx, open_artifact
 from modelathe.backends.curves import draw_curves
 from modelathe.cli.cache import cache_folder
 from modelathe.demo import CALIBRATION_TEXT, HELDOUT_TEXT
-from modelathe.ir import DataError, Norm, Program, capture
+from modelathe.ir import Norm, PassError, Program, capture
 from modelathe.passes import PassContext, Pipeline
 from modelathe.passes.fidelity import Reference
 from modelathe.passes.probes import empty_cache, feeds
@@ -86,6 +89,18 @@ def latencies(programs: dict[str, Program], folder: Path) -> dict[str, Any]:
     return {name: {"ratios": ratios[name], **counts[name]} for name in programs}
 
 
+def print_curve(curve: list[dict[str, float]], norms: int) -> None:
+    """Print a line for each judgement of a run of healing."""
+    sources = [name for name in ("text", "generated") if name in curve[0]]
+    print("    step    tokens  norms" + "".join(f"  KL, {name:9}" for name in sources))
+    for point in curve:
+        live = int(point.get("live", norms))
+        figures = "".join(f"  {point[name]:13.4f}" for name in sources)
+        print(
+            f"    {int(point['step']):4}  {int(point['tokens']):8}  {live:5}{figures}", flush=True
+        )
+
+
 def study(model: str, runs: dict[str, str], arguments: argparse.Namespace) -> dict[str, Any]:
     """Run every pipeline on a model and print one row for each."""
     original = capture(model)
@@ -106,7 +121,7 @@ def study(model: str, runs: dict[str, str], arguments: argparse.Namespace) -> di
         started = time.perf_counter()
         try:
             result = Pipeline.parse(text, context=context, check=False)(original)
-        except DataError as error:  # no number that is not finite can be healed
+        except PassError as error:
             print(json.dumps({"pipeline": text, "refused": str(error)}), flush=True)
             continue
         row: dict[str, Any] = {
@@ -126,8 +141,7 @@ def study(model: str, runs: dict[str, str], arguments: argparse.Namespace) -> di
         shown.pop("curve")
         print(json.dumps(shown), flush=True)
         for curve in row["curve"]:
-            for point in curve:
-                print("   ", {k: round(v, 4) for k, v in point.items()}, flush=True)
+            print_curve(curve, row["norms"])
     with tempfile.TemporaryDirectory() as folder:
         for name, found in latencies(programs, Path(folder)).items():
             rows.setdefault(name, {}).update(found)
@@ -138,12 +152,11 @@ def study(model: str, runs: dict[str, str], arguments: argparse.Namespace) -> di
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("twin")
+    parser.add_argument("models", nargs="+", help="model folders, or demo")
     parser.add_argument("--second", help="a text of another source")
     parser.add_argument("--tokens", default="200000,1000000")
     parser.add_argument("--check-tokens", type=int, default=32768)
     parser.add_argument("--progressive", action="store_true", help="the paper's schedule too")
-    parser.add_argument("--skip-demo", action="store_true")
     parser.add_argument("--out", help="a folder for the curves and figures")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -155,10 +168,7 @@ def main() -> None:
         if arguments.progressive:
             marked = "remove-norms{schedule=progressive untie=true}"
             runs[f"progressive {count}"] = f"{marked},{heal}"
-    found = {"twin": study(arguments.twin, runs, arguments)}
-    if not arguments.skip_demo:
-        kept = {n: t for n, t in runs.items() if not n.endswith(str(tokens[-1])) or len(tokens) < 2}
-        found["demo"] = study("demo", kept, arguments)
+    found = {Path(model).name: study(model, runs, arguments) for model in arguments.models}
     if arguments.out:
         Path(arguments.out).mkdir(parents=True, exist_ok=True)
         text = json.dumps(found, indent=1)
