@@ -151,9 +151,14 @@ def half_a_sine(x: Tensor, angles: Tensor) -> Tensor:
     return x * doubled(angles).cos().unsqueeze(1) + turn_halves(x) * sin.unsqueeze(1)
 
 
-def weighted(x: Tensor, angles: Tensor, weight: int) -> Tensor:
+def weighted(x: Tensor, angles: Tensor) -> Tensor:
     cos, sin = doubled(angles).cos().unsqueeze(1), doubled(angles).sin().unsqueeze(1)
-    return torch.add(x * cos, turn_halves(x) * sin, alpha=weight)
+    return torch.add(x * cos, turn_halves(x) * sin, alpha=2)
+
+
+def difference(x: Tensor, angles: Tensor) -> Tensor:
+    cos, sin = doubled(angles).cos().unsqueeze(1), doubled(angles).sin().unsqueeze(1)
+    return x * cos - turn_halves(x) * sin
 
 
 KEPT: dict[str, Form] = {
@@ -174,8 +179,8 @@ KEPT: dict[str, Form] = {
     ),
     "angles of a pair have two sines": half_a_sine,
     "heads have their own angles": angles_of_heads,
-    "a difference": functools.partial(weighted, weight=-1),
-    "a weighted sum": functools.partial(weighted, weight=2),
+    "a difference": difference,
+    "a weighted sum": weighted,
 }
 FORMS = {name: form for name, (form, *_) in RAISED.items()} | JOINED | KEPT
 
