@@ -245,25 +245,22 @@ def _rotary_shape(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Ten
 
 def _rotary_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, cos, sin, ctx.interleaved = inputs
-    ctx.dtype = x.dtype
     # angles are hardly ever trained, and keeping x for them takes memory
     ctx.save_for_backward(cos, sin, x if any(ctx.needs_input_grad[1:3]) else None)
 
 
 def _rotary_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """``dx`` is ``dy`` turned back; ``dcos = x1 dy1 + x2 dy2``, ``dsin = x1 dy2 - x2 dy1``."""
+    """``dx`` is ``dy`` turned back; ``dcos = x1 dy1 + x2 dy2``, ``dsin = x1 dy2 - x2 dy1``.
+
+    Autograd sums over the batch and rounds where an operand has fewer rows or a narrower dtype.
+    """
     cos, sin, x = ctx.saved_tensors
-    into = torch.ops.modelathe.rotary(grad, cos, -sin, ctx.interleaved).to(ctx.dtype)
+    into = torch.ops.modelathe.rotary(grad, cos, -sin, ctx.interleaved)
     if x is None:
         return into, None, None, None
     x1, x2 = pairs(_turned(x, cos)[0], ctx.interleaved)
     dy1, dy2 = pairs(_turned(grad, cos)[0], ctx.interleaved)
-    angles = [(x1 * dy1 + x2 * dy2).sum(1), (x1 * dy2 - x2 * dy1).sum(1)]
-    of_cos, of_sin = (
-        whole.sum_to_size(part.shape).to(part.dtype)
-        for whole, part in zip(angles, (cos, sin), strict=True)
-    )
-    return into, of_cos, of_sin, None
+    return into, (x1 * dy1 + x2 * dy2).sum(1), (x1 * dy2 - x2 * dy1).sum(1), None
 
 
 torch.library.impl(_ROTARY, "CompositeExplicitAutograd", rotary)
