@@ -31,7 +31,7 @@ from architectures import ARCHITECTURES, Architecture
 from tables import print_table
 from torch import Tensor, fx
 
-from modelathe.ir import ModelatheError, Norm, Program, call_key, capture
+from modelathe.ir import ModelatheError, Norm, Program, capture
 from modelathe.passes import Pass, PassContext, PassResult, all_passes
 from modelathe.passes.analysis.norm_deviations import deviation, norm_deviations
 from modelathe.passes.analysis.norm_placement import is_query_key_norm
@@ -40,7 +40,7 @@ from modelathe.passes.data import random_tokens
 from modelathe.passes.fidelity import relative_error
 from modelathe.passes.norms.first_tokens import knows_first
 from modelathe.passes.norms.freezing import Constant
-from modelathe.passes.norms.remove_norms import frozen, refusals
+from modelathe.passes.norms.remove_norms import frozen, norms_by_key, refusals
 from modelathe.passes.probes import Inputs, probe, probes
 from modelathe.passes.spec import parse
 
@@ -119,13 +119,7 @@ def norms_of(program: Program) -> dict[str, Norm]:
     if not reads_tokens(program):
         raise NotApplicable(["reads no text"])
     refused = refusals(program, untie=True)
-    norms = {
-        call_key(name, node): norm
-        for name, graph in program.graphs.items()
-        for node in graph.nodes
-        if (norm := Norm.match(node)) is not None
-    }
-    found = {key: norm for key, norm in norms.items() if key not in refused}
+    found = {key: norm for key, norm in norms_by_key(program).items() if key not in refused}
     if not found:
         raise NotApplicable(refused.values())
     return found

@@ -95,7 +95,7 @@ class RemoveNorms(SwitchingPass):
                 "norms cannot be measured",
                 remedy="fold what can be folded, with fold-norms",
             )
-        for key, norm in _norms(program).items():
+        for key, norm in norms_by_key(program).items():
             if text := marks_of(norm.node).get(SWITCH):
                 raise PassError(
                     f"remove-norms: {key} waits for heal, which {text} has left it to",
@@ -126,7 +126,7 @@ class RemoveNorms(SwitchingPass):
             return PassResult(whole, tuple(remarks))
         measured = self._measured(program, context, remarks)
         if self.schedule == "progressive":
-            for key, norm in _norms(program).items():
+            for key, norm in norms_by_key(program).items():
                 if key in sites:
                     mark(norm.node, SWITCH, to_spec(self))
                     mark(norm.node, _PATH, sites[key])
@@ -137,9 +137,10 @@ class RemoveNorms(SwitchingPass):
             return PassResult(program, tuple(remarks))
         plan = {name: self._constant(measured[name], path) for name, path in sites.items()}
         result = self._within_target(program, plan, context)
-        _check_finite(result.program, context)
-        kept = result.program if result.modified else whole
-        return PassResult(kept, (*remarks, *result.remarks))
+        if result.modified:
+            _check_finite(result.program, context)
+            whole = result.program
+        return PassResult(whole, (*remarks, *result.remarks))
 
     def _measured(
         self, program: Program, context: PassContext, remarks: list[Remark]
@@ -227,7 +228,7 @@ class RemoveNorms(SwitchingPass):
                     else f"freezing it passes target-kl {self.target_kl:g}"
                 )
                 kept.append(Remark("missed", name, why))
-        for key, norm in _norms(program).items():
+        for key, norm in norms_by_key(program).items():
             if key in switches:
                 for name in (SWITCH, _PATH, _USUAL, _FIRST):
                     mark(norm.node, name, None)
@@ -276,7 +277,7 @@ def _sites(program: Program) -> dict[str, Path]:
     """Return the path of each norm, by key, in the order they are frozen."""
     found = {
         key: path_of_norm(norm.node.graph, norm)
-        for key, norm in _norms(program).items()
+        for key, norm in norms_by_key(program).items()
         if norm.node.users
     }
     return dict(sorted(found.items(), key=lambda site: ORDER.index(site[1])))
@@ -289,7 +290,7 @@ def refusals(program: Program, untie: bool) -> dict[str, str]:
     freezer = Freezer(trial)
     return {
         key: why
-        for key, norm in _norms(trial).items()
+        for key, norm in norms_by_key(trial).items()
         if (why := freezer.can(norm)) and not (_keeps_mean(why) and _stream(trial, norm))
     }
 
@@ -304,7 +305,7 @@ def _stream(program: Program, norm: Norm) -> Stream | None:
     return None if stream.reason else stream
 
 
-def _norms(program: Program) -> dict[str, Norm]:
+def norms_by_key(program: Program) -> dict[str, Norm]:
     """Return every norm by the key of its call."""
     return {
         call_key(name, node): norm
@@ -330,7 +331,7 @@ def frozen(program: Program, plan: Mapping[str, Constant], untie: bool) -> PassR
     program = folded.program
     freezer = Freezer(program)
     remarks = [remark for remark in folded.remarks if "untied" in remark.message]
-    sites = {key: norm for key, norm in _norms(program).items() if key in plan}
+    sites = {key: norm for key, norm in norms_by_key(program).items() if key in plan}
     centred = set()
     for key, norm in sites.items():
         if (why := freezer.can(norm)) and _keeps_mean(why):
