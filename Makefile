@@ -5,7 +5,8 @@
 
 PYTHON ?= python3
 VENV := .venv
-# Files of tests run side by side (tests of one file share captured models); PYTEST_ARGS="-n 0" runs all in a row.
+# Files of tests run side by side (those of one file share captured models); PYTEST_ARGS="-n 0" runs
+# all in a row.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
