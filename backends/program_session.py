@@ -86,7 +86,7 @@ class ProgramSession(Session):
         if name not in self._weights:
             weight = self.program.weight(node)
             dtype = self.dtype if weight.dtype.is_floating_point else None
-            self._weights[name] = weight.load(dtype)
+            self._weights[name] = self.program.weights.as_held(name, weight.load(dtype))
         return self._weights[name]
 
     def _cast(self, value: Tensor, dtype: torch.dtype) -> Tensor:

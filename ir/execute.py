@@ -49,11 +49,13 @@ def run(
 
     def load(node: fx.Node) -> Tensor:
         weight = program.weight(node)
-        return place.tensor(weight.load(dtype if weight.dtype.is_floating_point else None))
+        value = place.tensor(weight.load(dtype if weight.dtype.is_floating_point else None))
+        return program.weights.as_held(str(node.target), value)
 
     with torch.no_grad():
         values = interpret(program.graphs[graph], feed, load, observe, place, bypass, amend)
-    return {name: value.cpu() for name, value in zip(signature.outputs, values, strict=True)}
+    outputs = zip(signature.outputs, values, strict=True)
+    return {name: _plain(value).cpu() for name, value in outputs}
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,11 +128,16 @@ def interpret(
         if amend is not None:
             value = amend(node, value)
         if observe is not None:
-            observe(node, value)
+            observe(node, _plain(value) if node.op == "get_attr" else value)
         values[node] = value
         for source in dying.get(node, ()):
             values.pop(source, None)
     raise AssertionError("a graph ends with its output node")
+
+
+def _plain(value: Tensor) -> Tensor:
+    """Return a value that asks for no gradient, as a weight does that is looked at or returned."""
+    return value.detach() if value.requires_grad else value
 
 
 def _followed(bypass: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:

@@ -42,7 +42,7 @@ def trace_wrapped(
         config: becomes the program's.
         watch: is told of every step.
     """
-    with torch.no_grad(), mode or contextlib.nullcontext():
+    with torch.no_grad(), _without_empty_masks(), mode or contextlib.nullcontext():
         kind = model_kind(model)
         graphs = wrap(model)
         each = 1 / len(graphs)
@@ -64,6 +64,32 @@ def trace_wrapped(
             )
     _note_aliases(program, tied)
     return program
+
+
+@contextlib.contextmanager
+def _without_empty_masks() -> Iterator[None]:
+    """Have transformers leave masks out that mask nothing, as it does where nobody traces.
+
+    Traced, it makes them even for a model that reads no mask.  A model that adds its mask, as BEiT
+    does to the bias of its positions, would round otherwise.
+    """
+    from transformers import masking_utils as utils
+
+    original = getattr(utils, "_ignore_bidirectional_mask_sdpa", None)
+    if original is None:  # a transformers that does it otherwise: the bits may differ, no more
+        yield
+        return
+
+    def ignored(padding_mask: Any, kv_length: Any, local_attention_size: Any = None) -> bool:
+        if padding_mask is None and local_attention_size is None:
+            return True
+        return bool(original(padding_mask, kv_length, local_attention_size))
+
+    utils._ignore_bidirectional_mask_sdpa = ignored
+    try:
+        yield
+    finally:
+        utils._ignore_bidirectional_mask_sdpa = original
 
 
 def _export(wrapped: Wrapped, name: str, watch: Watch, share: float) -> ExportedProgram:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Weight(ABC):
@@ -112,6 +112,16 @@ class Weights(Mapping[str, Weight]):
     def _is_buffer(self, name: str) -> bool:
         parts = name.split(".")
         return any(".".join(parts[:end]) in self.buffers for end in range(1, len(parts) + 1))
+
+    def as_held(self, name: str, value: Tensor) -> Tensor:
+        """Return a weight's value as a module holds it: parameters have gradients.
+
+        torch multiplies strided values by a matrix with a gradient at once, and by another one row
+        by row, which sums in another order: without, a program would not give its model's bits.
+        """
+        if not self.is_parameter(name) or value.is_inference():
+            return value
+        return nn.Parameter(value)
 
     def add(self, name: str, weight: Weight) -> str:
         """Add ``weight`` under ``name``, or ``name_1`` ... when that is taken; return the name."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 
+from modelathe.backends.program_session import ProgramSession
 from modelathe.ir import DataError, TensorWeight
 from support.feeds import feed
 from support.models import canonical, module, program
@@ -69,7 +70,20 @@ def test_a_program_runs_in_float64(name: str) -> None:
 
 def test_it_computes_without_gradients() -> None:
     found = program("norm-mlp")
-    assert not found.run(feed(found))["output"].requires_grad
+    seen: list[Tensor] = []
+    made = found.run(feed(found), observe=lambda _, value: seen.append(value))
+    assert not any(value.requires_grad for value in (*made.values(), *seen))
+
+
+def test_products_of_strided_values_have_the_bits_of_a_module_in_every_runtime() -> None:
+    found = program("rep-tokens")
+    inputs = feed(found)
+    with torch.no_grad():
+        expected = module("rep-tokens")(*inputs.values())
+    arrays = {name: value.numpy() for name, value in inputs.items()}
+    session = ProgramSession.of(found, dtype=None).run(arrays)
+    for made in (found.run(inputs)["output"], torch.from_numpy(session["output"])):
+        assert torch.equal(made, expected)
 
 
 @pytest.mark.parametrize(
