@@ -9,7 +9,8 @@ than it heals on) and on a second source, norms left, and latency in ONNX Runtim
 untouched model (below 1 is faster, medians of alternating runs) at three lengths.  For every run of
 healing, a table of its judgements: norms that are live and KL on held-out text, by source.  The
 same is drawn into FOLDER.  What cannot be frozen at once is said to be refused; with
-``--progressive`` norms are frozen one by one while healing.
+``--progressive`` norms are frozen one by one while healing, and with ``--target-kl`` each waits
+for the loss to be below it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from modelathe.backends import Onnx, open_artifact
 from modelathe.backends.curves import draw_curves
 from modelathe.cli.cache import cache_folder
 from modelathe.demo import CALIBRATION_TEXT, HELDOUT_TEXT
-from modelathe.ir import Norm, PassError, Program, capture
+from modelathe.ir import DataError, Norm, PassError, Program, capture
 from modelathe.passes import PassContext, Pipeline
 from modelathe.passes.fidelity import Reference
 from modelathe.passes.probes import empty_cache, feeds
@@ -121,7 +122,7 @@ def study(model: str, runs: dict[str, str], arguments: argparse.Namespace) -> di
         started = time.perf_counter()
         try:
             result = Pipeline.parse(text, context=context, check=False)(original)
-        except PassError as error:
+        except (PassError, DataError) as error:
             print(json.dumps({"pipeline": text, "refused": str(error)}), flush=True)
             continue
         row: dict[str, Any] = {
@@ -157,16 +158,24 @@ def main() -> None:
     parser.add_argument("--tokens", default="200000,1000000")
     parser.add_argument("--check-tokens", type=int, default=32768)
     parser.add_argument("--progressive", action="store_true", help="the paper's schedule too")
+    parser.add_argument(
+        "--target-kl", default="", help="of the paper's schedule; norms wait for it"
+    )
     parser.add_argument("--out", help="a folder for the curves and figures")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     tokens = [int(text) for text in arguments.tokens.split(",") if text]
-    runs = {"frozen": "remove-norms{untie=true}", "frozen, head tied": "remove-norms"}
+    runs = {
+        "frozen": "remove-norms{untie=true}",
+        "frozen, no first": "remove-norms{untie=true first-position=false}",
+        "frozen, head tied": "remove-norms",
+    }
     for count in tokens:
         heal = f"heal{{tokens={count}}}"
         runs[f"healed {count}"] = f"remove-norms{{untie=true}},{heal}"
         if arguments.progressive:
-            marked = "remove-norms{schedule=progressive untie=true}"
+            target = arguments.target_kl and f"target-kl={arguments.target_kl} "
+            marked = f"remove-norms{{{target}schedule=progressive untie=true}}"
             runs[f"progressive {count}"] = f"{marked},{heal}"
     found = {Path(model).name: study(model, runs, arguments) for model in arguments.models}
     if arguments.out:

@@ -54,7 +54,8 @@ class RemoveNorms(SwitchingPass):
     stays frozen.
 
     Freezing all norms at once can let values grow from block to block until they overflow, as in
-    models whose MLPs multiply two values; that is an error.
+    models whose MLPs multiply two values; that is an error.  There ``heal`` goes too fast, too,
+    unless ``target_kl`` lets norms wait.
 
     Refuses (``missed``) a LayerNorm that something else than a linear of its own reads, such as
     the residual stream of a post-norm block, because the mean of its input stays; an RMSNorm there
@@ -256,8 +257,8 @@ def _check_finite(program: Program, context: PassContext) -> None:
     if place := not_finite(program, tokens, context.device):
         raise PassError(
             f"remove-norms: with all norms frozen at once values overflow, first at {place}",
-            remedy="let heal freeze them one by one, remove-norms{schedule=progressive},heal; "
-            "or freeze some, target-kl=0.5",
+            remedy="let heal freeze one by one what it can, with "
+            "remove-norms{schedule=progressive target-kl=0.3},heal",
         )
 
 

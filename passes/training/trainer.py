@@ -209,7 +209,8 @@ class Trainer:
         if not math.isfinite(total):
             raise DataError(
                 f"healing: the loss of step {record.step} is {total}",
-                remedy="use a lower rate: lr=",
+                remedy="use a lower rate: lr="
+                + (", or let calls wait: target-kl of remove-norms" if self.plan.switches else ""),
             )
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         nn.utils.clip_grad_norm_(parameters, 1.0)
