@@ -16,6 +16,7 @@ place.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -53,6 +54,9 @@ def writing(out: Path, *, force: bool = False) -> Iterator[Path]:
         try:
             yield new
             _publish(partial, target)
+        except OSError as error:
+            _name_place(error, out)
+            raise
         finally:
             _recover(partial, target)
             _leave(partial)
@@ -116,14 +120,21 @@ def resumable(
         elif found:  # --force alone: start over
             for path in found:
                 path.unlink()
-        (state / "run.json").write_text(json.dumps(dict(settings), indent=1) + "\n")
         try:
+            (state / "run.json").write_text(json.dumps(dict(settings), indent=1) + "\n")
             yield state, bool(found) and resume
-        except BaseException:
+        except BaseException as error:
+            _name_place(error, out)
             if not kept_state(state):
                 _drop(state)
             raise
         _drop(state)
+
+
+def _name_place(error: BaseException, out: Path) -> None:
+    """Say in an error of a full disk, which knows of no path, where there was no space."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        error.filename = error.filename or str(out)
 
 
 def kept_state(state: Path) -> list[Path]:

@@ -139,6 +139,24 @@ def test_a_partial_folder_of_somebody_else_is_not_touched(tmp_path: Path) -> Non
     assert (tmp_path / "out.partial" / "thesis.tex").read_text() == "mine"
 
 
+def test_a_full_disk_is_named_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(OSError, match="No space left on device") as caught, writing(out):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.filename == str(out)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left") as caught, resumable(out, {}):
+        pass
+    assert caught.value.filename == str(out)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_place_that_a_run_holds_is_refused_before_any_work(tmp_path: Path) -> None:
     with resumable(tmp_path / "out", {}), pytest.raises(StorageError, match="another run is"):
         check_writable(tmp_path / "out")
