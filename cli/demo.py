@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from ..ir import Program
     from ..passes import Step
 
-# To nearest: at 4 bits in groups the calibrated methods gain little and take most of the time.
-PIPELINE = "fold-norms,prune-blocks{count=1},quantize-weights{bits=4 group-size=32 method=rtn}"
+PIPELINE = "fold-norms,prune-blocks{count=1},quantize-weights{bits=4 group-size=32}"
 PROMPT = "The function returns"
 CALIBRATION_SAMPLES = 16  # of 512 tokens: a quarter of the shipped text, and quickly scored
 CHECK_TOKENS = 4096

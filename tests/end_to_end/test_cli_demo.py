@@ -64,7 +64,7 @@ def test_the_command_by_hand_asks_for_what_the_demo_does(
         monkeypatch.setattr(command, "make", make)
         monkeypatch.setattr(command, "open_program", lambda *_, **__: program("llama"))
     monkeypatch.setattr(demo._Steps, "__init__", lambda *_: None)
-    first, *words = shlex.split(demo.by_hand())
+    _first, *words = shlex.split(demo.by_hand())
     assert cli("demo").status == cli(*words[:-1], tmp_path / "out").status == 1
     shown, typed = seen
     assert shown == typed
