@@ -167,7 +167,7 @@ class Trainer:
         """Train to the end, or until it gets no better, and leave the best weights in the student.
 
         Raises:
-            DataError: the loss is not finite: the rate is too high.
+            DataError: a loss or a gradient is not finite.
         """
         self._go_on()
         record, steps = self.record, self.plan.steps
@@ -206,19 +206,34 @@ class Trainer:
             loss, extra = self._loss(part)
             total += float(loss.detach()) * len(part) / len(windows)
             torch.autograd.backward([(loss + extra) * (len(part) / len(windows))])
-        if not math.isfinite(total):
-            raise DataError(
-                f"healing: the loss of step {record.step} is {total}",
-                remedy="use a lower rate: lr="
-                + (", or let calls wait: target-kl of remove-norms" if self.plan.switches else ""),
-            )
+        self._check_finite("training loss", total)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        length = float(nn.utils.clip_grad_norm_(parameters, 1.0))
+        self._check_finite("gradient", length)  # of a loss that is finite it need not be
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         record.step += 1
         record.loss = total
         record.since = (record.since[0] + total, record.since[1] + 1)
+
+    def _check_finite(self, what: str, value: float) -> None:
+        """Stop where nothing can be learned from a number.
+
+        Raises:
+            DataError: it is not finite.
+        """
+        if math.isfinite(value):
+            return
+        if self.record.step == 0:
+            raise DataError(
+                f"healing: the {what} is {value} before anything was trained",
+                remedy="change less at once before heal, norms with schedule=progressive",
+            )
+        raise DataError(
+            f"healing: the {what} is {value} after {self.record.step} steps",
+            remedy="use a lower rate: lr="
+            + (", or let calls wait: target-kl of remove-norms" if self.plan.switches else ""),
+        )
 
     def _loss(self, windows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean loss per token, and the penalty."""
@@ -239,7 +254,11 @@ class Trainer:
 
     @torch.no_grad()
     def _judge(self) -> None:
-        """Measure the held-out windows; keep the weights when they are the best so far."""
+        """Measure the held-out windows; keep the weights when they are the best so far.
+
+        Raises:
+            DataError: the loss is not finite.
+        """
         self.student.eval()
         point: dict[str, float] = {"step": self.record.step}
         point["tokens"] = self.record.step * self.batches.tokens
@@ -252,12 +271,13 @@ class Trainer:
             parts = torch.split(windows, self._rows(windows.shape[1]))
             sums = [float(self._loss(part)[0]) * len(part) for part in parts]
             losses[name] = sum(sums) / len(windows)
+        mean = sum(losses.values()) / len(losses)
+        self._check_finite("held-out loss", mean)
         turned = 1.0
         if switches := self.plan.switches:
             turned = point["turned"] = sum(switch.turned for switch in switches) / len(switches)
             point["live"] = sum(switch.live for switch in switches)
         self.record.curve.append({**point, **losses})
-        mean = sum(losses.values()) / len(losses)
         if turned == 1.0:
             better = mean < self.record.best
             self.record.bad = 0 if better else self.record.bad + 1

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from modelathe.ir import PassError, Program, fingerprint
+from modelathe.ir import DataError, PassError, Program, TensorWeight, fingerprint
 from modelathe.passes import (
     Heal,
     PassContext,
@@ -18,6 +19,7 @@ from modelathe.passes import (
     QuantizeWeights,
     TieBlocks,
 )
+from modelathe.passes.training import trainer
 from support.models import canonical
 from support.training import SHORT, context, pruned, text
 
@@ -226,3 +228,27 @@ def test_a_small_share_of_generated_text_is_not_rounded_away() -> None:
 def test_an_endless_rate_is_refused() -> None:
     with pytest.raises(ValueError, match="lr"):
         Heal(lr=float("inf"))
+
+
+def test_a_model_that_is_not_finite_before_training_is_not_blamed_on_the_rate() -> None:
+    damaged = pruned("llama").editable()
+    weight = damaged.weights["model.norm.weight"]
+    damaged.weights.put("model.norm.weight", TensorWeight(torch.full(weight.shape, 3e38)))
+    with pytest.raises(DataError, match="held-out loss is nan before anything was") as caught:
+        heal(damaged)
+    assert "schedule=progressive" in caught.value.remedy
+
+
+def test_a_gradient_that_is_not_finite_moves_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = []
+    clip = nn.utils.clip_grad_norm_
+
+    def overflowing(parameters: Any, limit: float) -> Tensor:
+        length = clip(parameters, limit)
+        steps.append(length)
+        return length * torch.inf if len(steps) == 3 else length
+
+    monkeypatch.setattr(trainer.nn.utils, "clip_grad_norm_", overflowing)
+    with pytest.raises(DataError, match="gradient is inf after 2 steps") as caught:
+        heal(pruned("llama"))
+    assert "lr=" in caught.value.remedy
