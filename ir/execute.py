@@ -128,16 +128,20 @@ def interpret(
         if amend is not None:
             value = amend(node, value)
         if observe is not None:
-            observe(node, _plain(value) if node.op == "get_attr" else value)
+            observe(node, _plain(value))
         values[node] = value
         for source in dying.get(node, ()):
             values.pop(source, None)
     raise AssertionError("a graph ends with its output node")
 
 
-def _plain(value: Tensor) -> Tensor:
-    """Return a value that asks for no gradient, as a weight does that is looked at or returned."""
-    return value.detach() if value.requires_grad else value
+def _plain(value: Any) -> Any:
+    """Return a value that is a parameter, and not trained, as a tensor without a gradient.
+
+    A weight is one, and so is what a call gives that hands it on.
+    """
+    trained = torch.is_grad_enabled() or not isinstance(value, Tensor)
+    return value if trained or not value.requires_grad else value.detach()
 
 
 def _followed(bypass: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:
