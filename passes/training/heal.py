@@ -27,8 +27,9 @@ from ..outputs import runner
 from ..spec import to_spec
 from .adapters import LowRank, add_low_rank, merged_weight
 from .batches import Batches, training_batches
-from .optimizers import call_shares, depth_shares, make_optimizer
+from .optimizers import make_optimizer
 from .penalty import deviation_penalty
+from .shares import call_shares, depth_shares, size_shares
 from .switches import Switch, by_key, marked_passes, put_switches
 from .trainer import Plan, Record, Student, Trainer
 
@@ -65,7 +66,9 @@ class Heal(Pass):
     dtype that they had, tied ones still tied.  Calls that an earlier pass marked for it
     (``schedule=progressive``) are turned on the way.  After ``remove-norms`` the loss has a term
     that keeps tokens at one deviation s, which a frozen norm needs, on the residual stream behind
-    the last block: ``auxiliary * mean_t (s_t - mean(s))**2``.
+    the last block: ``auxiliary * mean_t (s_t - mean(s))**2``.  A weight that multiplies larger
+    values than norms give, such as the residual stream itself, has a lower rate: divided by the
+    median of their sizes in the first batch.
 
     Refuses a program with an operator that has no gradient, one that reads no text, and weights
     to train of which there are none.
@@ -157,7 +160,7 @@ class Heal(Pass):
         trained = self._chosen(program, student, updates)
         single = {node: switch for group in switches.values() for node, switch in group.items()}
         learned, shares = self._learned(trainee, single)
-        shares |= depth_shares(program, self.layer_decay)
+        shares |= self._shares(program, batches, context)
         for name, update in updates.items():
             shares |= {f"{name}.{part}": shares[name] for part, _ in update.named_parameters()}
         steps = self.steps or max(1, self.tokens // batches.tokens)
@@ -203,6 +206,12 @@ class Heal(Pass):
         return training_batches(
             program, context, tokens=tokens, batch=self.batch, length=length, mix=mix
         )
+
+    def _shares(self, program: Program, batches: Batches, context: PassContext) -> dict[str, float]:
+        """Return the share of the rate that each weight gets."""
+        sizes = size_shares(program, batches.at(0), context.device)
+        depths = depth_shares(program, self.layer_decay)
+        return {name: share * sizes.get(name, 1.0) for name, share in depths.items()}
 
     def _updates(self, trainee: Program, seed: int) -> dict[str, LowRank]:
         return add_low_rank(trainee, self.rank, seed) if self.weights == "lora" else {}

@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx
-
-from ...ir import Program, find_blocks
+from torch import Tensor
 
 
 class Lamb(torch.optim.Optimizer):
@@ -110,32 +108,3 @@ def cosine(step: int, steps: int, warmup: float) -> float:
         return (step + 1) / rising
     done = (step - rising) / max(1, steps - rising)
     return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def depth_shares(program: Program, decay: float) -> dict[str, float]:
-    """Return each weight's share of the rate: ``decay`` for every block between it and the end.
-
-    What is read before the first block has ``decay ** blocks``, what is read behind the last 1.  A
-    weight that is read in several places has the largest of their shares.
-    """
-    shares: dict[str, float] = {}
-    for node, share in call_shares(program, decay).items():
-        for source in node.all_input_nodes:
-            if source.op == "get_attr":
-                name = str(source.target)
-                shares[name] = max(share, shares.get(name, 0.0))
-    return shares
-
-
-def call_shares(program: Program, decay: float) -> dict[fx.Node, float]:
-    """Return each call's share of the rate, see ``depth_shares``."""
-    shares: dict[fx.Node, float] = {}
-    for graph in program.graphs.values():
-        blocks = find_blocks(graph)
-        depth = {node: block.index for block in blocks for node in block.nodes}
-        outside = -1
-        for node in graph.nodes:
-            if node in depth:
-                outside = len(blocks) - 1  # whatever comes after a block is behind them all
-            shares[node] = decay ** (len(blocks) - 1 - depth.get(node, outside))
-    return shares
