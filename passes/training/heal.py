@@ -103,7 +103,7 @@ class Heal(Pass):
 
     tokens: int = 1_000_000
     steps: int | None = None
-    batch: int = 4096
+    batch: int = 2048
     length: int | None = None
     lr: float | None = None
     weights: Trained = "full"
