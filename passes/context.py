@@ -270,8 +270,9 @@ class PassContext:
                 "model generates itself (pass --calibration FILE for better ones)"
             )
             kept = [] if self.cache is None else [self.cache]
+            # What earlier passes damaged would write damaged text.
             return generate_windows(
-                program, samples, length, seed, self.progress, self.device, kept
+                self.reference(program), samples, length, seed, self.progress, self.device, kept
             )
         if program.kind == "encoder" or purpose == "checks":
             self.progress.note(f"no text given: {purpose} {use} seeded random tokens")

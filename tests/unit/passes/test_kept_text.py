@@ -22,6 +22,8 @@ SMALL: dict[str, Any] = {"calibration": "self", "calibration_samples": 3, "calib
 def written(cache: Path | None, found: Program | None = None, **options: Any) -> TokenWindows:
     """Return what a new run calibrates on."""
     context = PassContext(cache=cache, **{**SMALL, **options})
+    if found is not None:
+        context.remember(found)
     return context.calibration_tokens(found or program("llama"))
 
 
