@@ -14,10 +14,10 @@ from ..ir.errors import DataError
 from ..passes.data import Text, read_text, tokenize
 from ..passes.metrics import CosineTally, TokenTally, mean_pool
 from ..passes.progress import Progress, SilentProgress
+from ..passes.tokenizer import Tokenizer, open_tokenizer
 from .evaluation_data import item_chunks, read_arrays, read_pairs
 from .generate import SpecialTokens, encoder_feeds
 from .session import Array, Session, Tokens
-from .tokenizer import Tokenizer, open_tokenizer
 
 DECODER_CONTEXT = 2048
 ENCODER_CONTEXT = 256

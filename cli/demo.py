@@ -87,7 +87,7 @@ def measure(screen: Screen, before: Session, after: Session, text: Path) -> dict
     from ..backends.bench import bench
     from ..backends.evaluate import evaluate
     from ..backends.generate import generate
-    from ..backends.tokenizer import open_tokenizer
+    from ..passes.tokenizer import open_tokenizer
 
     quality = evaluate(
         after, text=text, against=before, tokens=CHECK_TOKENS, progress=screen.progress

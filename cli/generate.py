@@ -11,7 +11,7 @@ from .screen import Screen
 from .sources import open_session
 
 if TYPE_CHECKING:
-    from ..backends.tokenizer import Tokenizer
+    from ..passes.tokenizer import Tokenizer
 
 
 def command(
@@ -45,7 +45,7 @@ def command(
     with screen.quiet_libraries(debug=debug):
         session = open_session(artifact, screen, threads=threads, allow_pickle=allow_pickle)
         from ..backends.generate import Sampling, generate
-        from ..backends.tokenizer import open_tokenizer
+        from ..passes.tokenizer import open_tokenizer
 
         tokenizer = open_tokenizer(session.folder)
         ids = tokenizer.encode(prompt)

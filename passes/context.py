@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..ir import DataError, Program
+from ..ir import DataError, Program, StorageError
 from ..ir.config import max_length
 from .data import (
     USUAL_SAMPLES,
@@ -22,6 +22,7 @@ from .data import (
     tokenize,
 )
 from .progress import Progress, SilentProgress, share_task
+from .tokenizer import Tokenizer, has_tokenizer, open_tokenizer
 
 SELF = "self"
 
@@ -300,34 +301,19 @@ def vocabulary(program: Program) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def tokenizer_of(program: Program) -> Any:
-    """Return the tokenizer that lies beside the model, or None when there is none."""
+def tokenizer_of(program: Program) -> Tokenizer | None:
+    """Return the tokenizer that lies beside the model, or None when there is none.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     folder = program.origin.folder
-    if folder is None:
+    if folder is None or not has_tokenizer(folder):
         return None
-    if (folder / "tokenizer.json").is_file():
-        from tokenizers import Tokenizer
-
-        path = folder / "tokenizer.json"
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises plain Exception for a file it cannot read
-            raise _no_tokenizer(path, error) from error
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return tokenizer
-    if any((folder / name).is_file() for name in ("tokenizer_config.json", "vocab.txt")):
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except Exception as error:  # a tokenizer's constructor raises nearly anything
-            raise _no_tokenizer(folder, error) from error
-    return None
-
-
-def _no_tokenizer(path: Path, error: Exception) -> DataError:
-    return DataError(
-        f"{path}: is no tokenizer that can be read ({str(error).strip().partition(chr(10))[0]})",
-        remedy="fetch the model's tokenizer again, or give token ids as .npy",
-    )
+    try:
+        return open_tokenizer(folder)
+    except (StorageError, OSError) as error:
+        raise DataError(
+            f"{folder}: its tokenizer cannot be read ({str(error).strip().partition(chr(10))[0]})",
+            remedy="fetch the model's tokenizer again, or give token ids as .npy",
+        ) from error

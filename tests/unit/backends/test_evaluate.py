@@ -13,7 +13,7 @@ from modelathe.backends.evaluate import evaluate, evaluate_arrays, evaluate_toke
 from modelathe.backends.evaluation_data import item_chunks, read_arrays, read_pairs
 from modelathe.backends.session import Session, open_artifact
 from modelathe.ir import DataError
-from support.artifacts import POSITIONS, VOCABULARY, WORDS, expected_logits, manifest_fields
+from support.artifacts import POSITIONS, STOP, VOCABULARY, WORDS, expected_logits, manifest_fields
 
 
 def log_softmax(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -76,6 +76,13 @@ def test_a_text_file_is_tokenised_and_cut(toy: Path, tmp_path: Path) -> None:
     session = open_artifact(toy)
     assert evaluate(session, text=path) == evaluate_tokens(session, TOKENS[:40])
     assert evaluate(session, text=path, tokens=9) == evaluate_tokens(session, TOKENS[:9])
+
+
+def test_documents_are_told_apart_by_the_end_of_text(toy: Path, tmp_path: Path) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in ("a b", "c d")))
+    session = open_artifact(toy)
+    assert evaluate(session, text=path) == evaluate_tokens(session, [0, 1, STOP, 2, 3])
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,7 @@ def test_a_tokenizer_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     for name in ("tokenizer_config.json", "tokenizer.json"):
         (tmp_path / name).write_text("{oops")
         found = replace_origin(program("llama"), **origin)
-        with pytest.raises(DataError, match="is no tokenizer that can be read") as caught:
+        with pytest.raises(DataError, match="its tokenizer cannot be read") as caught:
             PassContext(check_text=iter(["some text"])).check_tokens_of(found)
         assert str(tmp_path) in str(caught.value)
         assert caught.value.remedy
