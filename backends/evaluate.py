@@ -74,12 +74,13 @@ def evaluate(
     path = _given(text, "--text", "a text file")
     if session.kind == "encoder-decoder":
         return evaluate_pairs(session, read_pairs(path), against, context, tokens, progress)
-    tokenizer = open_tokenizer(session.folder)
+    words = read_text(path)
+    # Rows of token ids need no tokenizer.
+    tokenizer = open_tokenizer(session.folder) if isinstance(words.documents[0], str) else None
     if session.kind == "encoder":
-        window = _window(session, context, ENCODER_CONTEXT)
-        lines = lines_of(read_text(path), tokenizer, window)
+        lines = lines_of(words, tokenizer, _window(session, context, ENCODER_CONTEXT))
         return evaluate_lines(session, lines, _reference(against), progress)
-    ids = tokenize(read_text(path), tokenizer, session.config.get("vocab_size"))
+    ids = tokenize(words, tokenizer, session.config.get("vocab_size"))
     return evaluate_tokens(session, ids[:tokens].tolist(), against, context, progress)
 
 
@@ -198,11 +199,15 @@ def windows(tokens: Sequence[int], window: int) -> Iterator[Tokens]:
             yield ids
 
 
-def lines_of(text: Text, tokenizer: Tokenizer, limit: int) -> list[list[int]]:
-    """Return the token ids of each line that is not empty, at most ``limit`` of them."""
+def lines_of(text: Text, tokenizer: Tokenizer | None, limit: int) -> list[list[int]]:
+    """Return the token ids of each line that is not empty, at most ``limit`` of them.
+
+    Rows of token ids need no tokenizer.
+    """
     lines: list[list[int]] = []
     for document in text.documents:
         if isinstance(document, str):
+            assert tokenizer is not None
             full = (line for line in document.splitlines() if line.strip())
             lines += [tokenizer.encode(line, limit=limit) for line in full]
         else:

@@ -13,7 +13,15 @@ from modelathe.backends.evaluate import evaluate, evaluate_arrays, evaluate_toke
 from modelathe.backends.evaluation_data import item_chunks, read_arrays, read_pairs
 from modelathe.backends.session import Session, open_artifact
 from modelathe.ir import DataError
-from support.artifacts import POSITIONS, STOP, VOCABULARY, WORDS, expected_logits, manifest_fields
+from support.artifacts import (
+    POSITIONS,
+    STOP,
+    VOCABULARY,
+    WORDS,
+    expected_logits,
+    manifest_fields,
+    write_decoder,
+)
 
 
 def log_softmax(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -83,6 +91,12 @@ def test_documents_are_told_apart_by_the_end_of_text(toy: Path, tmp_path: Path) 
     path.write_text("\n".join(json.dumps({"text": text}) for text in ("a b", "c d")))
     session = open_artifact(toy)
     assert evaluate(session, text=path) == evaluate_tokens(session, [0, 1, STOP, 2, 3])
+
+
+def test_token_ids_need_no_tokenizer(tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.asarray(TOKENS))
+    session = open_artifact(write_decoder(tmp_path / "bare", tokenizer=False))
+    assert evaluate(session, text=tmp_path / "ids.npy") == evaluate_tokens(session, TOKENS)
 
 
 @pytest.mark.parametrize(
