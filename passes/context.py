@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,8 @@ class PassContext:
 
     Attributes:
         calibration: a text file, an iterable of texts, token windows, ``self`` for sequences that
-            the model generates itself, or None: then ``self`` on decoders that fit in memory,
-            random tokens on encoders.
+            the untouched model generates itself, or None: then ``self`` on decoders that fit in
+            memory.  Encoders write no text: either gives them random tokens.
         check_text: what fidelity is measured on; None for the calibration text's last tenth,
             which never calibrates, else for text of the model's own.
         calibration_samples: windows to calibrate on, at least 1; None for 128, or as many as a
@@ -144,19 +145,18 @@ class PassContext:
         Raises:
             DataError: there is no text, none can be made up, or it is too short.
         """
-        key = "calibration", program.origin.recapture
-        if key not in self._made:
-            self._made[key] = self._calibration(program)
-        return self._made[key]
+        return self._once("calibration", program, lambda: self._calibration(program))
 
     def check_tokens_of(self, program: Program) -> TokenWindows | None:
         """Return the windows to measure fidelity on; None where a model reads no tokens."""
         if not reads_tokens(program):
             return None
-        key = "check", program.origin.recapture
-        if key not in self._made:
-            self._made[key] = self._check(program)
-        return self._made[key]
+        return self._once("check", program, lambda: self._check(program))
+
+    def has_text(self, program: Program) -> bool:
+        """Tell whether calibration reads a text that was asked for; random tokens are none."""
+        own = self.calibration == SELF and program.kind == "encoder"
+        return self.calibration is not None and not own and reads_tokens(program)
 
     def training_text(self, program: Program) -> TokenWindows | None:
         """Return the text to train on: the calibration text, whole, without what checks read.
@@ -167,12 +167,10 @@ class PassContext:
         Raises:
             DataError: it cannot be read.
         """
-        if self.calibration is None or self.calibration == SELF:
+        source = self.calibration
+        if source is None or source == SELF:
             return None
-        key = "training", program.origin.recapture
-        if key not in self._made:
-            self._made[key] = self._training(self.calibration, program)
-        return self._made[key]
+        return self._once("training", program, lambda: self._training(source, program))
 
     def generated_text(self, program: Program, samples: int, length: int) -> TokenWindows:
         """Return sequences that the untouched model writes, int64 [samples, length].
@@ -184,18 +182,28 @@ class PassContext:
         """
         from .self_text import generate_windows
 
-        key = "generated", program.origin.recapture
-        if key not in self._made:
-            self._made[key] = generate_windows(
-                self.reference(program),
-                samples,
-                length,
-                self.seed,
-                self.progress,
-                self.device,
-                [folder for folder in (self.cache, self.state) if folder is not None],
+        def write() -> TokenWindows:
+            kept = [folder for folder in (self.cache, self.state) if folder is not None]
+            untouched = self.reference(program)
+            return generate_windows(
+                untouched, samples, length, self.seed, self.progress, self.device, kept
             )
-        return self._made[key]
+
+        return self._once("generated", program, write)
+
+    def _once(
+        self, purpose: str, program: Program, make: Callable[[], TokenWindows]
+    ) -> TokenWindows:
+        """Return the windows for a purpose; made when they are asked for first."""
+        model = program.origin.recapture
+        if (purpose, model) not in self._made:
+            if reads_features(program) and not any(known is model for _, known in self._made):
+                self.progress.note(
+                    f"the encoder of {program.origin.model} reads no text: beside each text it is "
+                    "given seeded random features"
+                )
+            self._made[purpose, model] = make()
+        return self._made[purpose, model]
 
     def _training(self, source: TextSource | TokenWindows, program: Program) -> TokenWindows:
         if isinstance(source, TokenWindows):
@@ -265,10 +273,13 @@ class PassContext:
         # Checks must not see the very sequences that calibrated.
         seed = self.seed + (1 if purpose == "checks" else 0)
         use = "use" if purpose == "checks" else "uses"
+        source = self.check_text if purpose == "checks" else None
+        asked = (self.calibration if source is None else source) == SELF
         if program.kind == "decoder":
             self.progress.note(
-                f"no text given: {purpose} {use} {samples} sequences of {length} tokens that the "
-                "model generates itself (pass --calibration FILE for better ones)"
+                f"{'' if asked else 'no text given: '}{purpose} {use} {samples} sequences of "
+                f"{length} tokens that the model generates itself (pass --calibration FILE for "
+                "better ones)"
             )
             kept = [] if self.cache is None else [self.cache]
             # What earlier passes damaged would write damaged text.
@@ -276,7 +287,8 @@ class PassContext:
                 self.reference(program), samples, length, seed, self.progress, self.device, kept
             )
         if program.kind == "encoder" or purpose == "checks":
-            self.progress.note(f"no text given: {purpose} {use} seeded random tokens")
+            why = f"{program.kind}s write no text of their own" if asked else "no text given"
+            self.progress.note(f"{why}: {purpose} {use} seeded random tokens")
             return random_tokens(vocabulary(program) or 2, samples, length, seed)
         raise DataError(
             f"{program.origin.model} ({program.kind}) cannot make up text for {purpose}",
@@ -288,6 +300,13 @@ def reads_tokens(program: Program) -> bool:
     """Tell whether a model has token ids among its inputs."""
     names = [name for signature in program.signatures.values() for name in signature.inputs]
     return any(name.endswith("input_ids") for name in names)
+
+
+def reads_features(program: Program) -> bool:
+    """Tell whether a model has an encoder that reads no tokens, beside a decoder that does."""
+    if program.kind != "encoder-decoder":
+        return False
+    return "input_ids" not in program.signatures["encoder"].inputs
 
 
 def maximum_length(program: Program) -> int | None:

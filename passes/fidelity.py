@@ -301,8 +301,8 @@ def _batches(program: Program, context: PassContext) -> Iterator[Inputs]:
         for seed in range(4):
             yield probe(program, MAIN, seed, batch=2, sequence=16, past=0)
         return
-    for number, rows in enumerate(batches(windows.tokens)):
-        yield token_batch(program, rows, number)
+    for rows in batches(windows.tokens):
+        yield token_batch(program, rows)
 
 
 def forward(program: Program, batch: Inputs, device: str = "cpu") -> Tensor:

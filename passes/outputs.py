@@ -32,16 +32,15 @@ def runner(program: Program, device: str = "cpu") -> Runner:
     return run
 
 
-def token_batch(program: Program, tokens: Tensor, seed: int = 0) -> Inputs:
+def token_batch(program: Program, tokens: Tensor) -> Inputs:
     """Return what ``predictions`` takes for windows of tokens, int64 [batch, sequence].
 
     Args:
         program: reads tokens.
         tokens: the windows.
-        seed: of the features that an encoder without tokens reads.
     """
     if program.kind == "encoder-decoder":
-        return seq2seq_batch(program, tokens, seed)
+        return seq2seq_batch(program, tokens)
     return {"input_ids": tokens}
 
 

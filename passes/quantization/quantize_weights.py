@@ -203,8 +203,7 @@ class QuantizeWeights(Pass):
         Raises:
             PassError: it reads text, and the program does not.
         """
-        has_text = context.calibration is not None and reads_tokens(program)
-        recipe, why = recipe_for(self.method, self.settings, has_text)
+        recipe, why = recipe_for(self.method, self.settings, context.has_text(program))
         if recipe.reads_text and not reads_tokens(program):
             raise PassError(
                 f"{self.name}: {program.origin.model} ({program.kind}) reads no tokens, so text "

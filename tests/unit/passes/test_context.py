@@ -105,6 +105,25 @@ def test_an_encoder_without_text_gets_random_tokens(listener: Listener) -> None:
     assert listener.notes == ["no text given: calibration uses seeded random tokens"]
 
 
+def test_an_encoder_that_is_asked_for_its_own_text_gets_random_tokens(listener: Listener) -> None:
+    context = PassContext(calibration="self", progress=listener, **SMALL)
+    assert "random" in context.calibration_tokens(program("bert")).source
+    note = "encoders write no text of their own: calibration uses seeded random tokens"
+    assert listener.notes == [note]
+    assert not context.has_text(program("bert"))
+    assert context.has_text(program("llama"))
+    assert PassContext(calibration=iter(["some text"])).has_text(program("bert"))
+
+
+def test_nobody_is_told_that_there_is_no_text_who_asked_for_the_models_own(
+    listener: Listener,
+) -> None:
+    context = PassContext(calibration="self", progress=listener, **SMALL)
+    context.calibration_tokens(program("llama"))
+    (note,) = listener.notes
+    assert note.startswith("calibration uses 3 sequences of 6 tokens that the model generates")
+
+
 def test_others_need_a_text() -> None:
     with pytest.raises(DataError, match=r"\(encoder-decoder\) cannot make up text") as caught:
         PassContext().calibration_tokens(program("t5"))
