@@ -70,7 +70,7 @@ def capture(
         case "pt2":
             return _capture_pt2(Path(model), allow_pickle, report)
         case "program":
-            return load_program(Path(model), report)
+            return load_program(Path(model), report, allow_pickle=allow_pickle)
         case "folder":
             return _capture_folder(Path(model), allow_pickle, report)
         case "factory":
@@ -150,6 +150,7 @@ def _capture_folder(folder: Path, allow_pickle: bool, report: Report | None) -> 
     origin = replace(
         program.origin,
         folder=folder.resolve(),
+        captured_from=folder.resolve(),
         source=_source_identity(stored),
         notes=_left_out_note(model, mapped.left_out),
         recapture=lambda report: _capture_folder(folder, allow_pickle, report),
@@ -206,6 +207,7 @@ def _capture_pt2(path: Path, allow_pickle: bool, report: Report | None) -> Progr
     return replace_origin(
         program,
         source=_source_identity(program.weights),
+        captured_from=path.resolve(),
         recapture=lambda report: _capture_pt2(path, allow_pickle, report),
     )
 
@@ -237,4 +239,5 @@ def _capture_factory(text: str, report: Report | None) -> Program:
             remedy="return (module, example_inputs, dynamic_shapes)",
         )
     program = _capture_module(*made, report, name=text)
-    return replace_origin(program, notes=(f"runs the user's own code: {text}",))
+    notes = (f"runs the user's own code: {text}",)
+    return replace_origin(program, notes=notes, captured_from=text)

@@ -63,6 +63,8 @@ class Origin:
         model: the model as the user named it.
         kind: what the model is.
         folder: where config and tokenizer lie; None for a model that never was in a folder.
+        captured_from: what ``capture`` makes the untouched program of, in another process too: an
+            absolute path or ``package.module:factory``; None for a module.
         passes: text of every pass applied so far.
         notes: what a reader of the manifest must know, such as "runs the user's own code".
         source: identifies the weights: by names and sizes of their files, without reading bytes, or
@@ -82,6 +84,7 @@ class Origin:
     record: Mapping[str, Any] = field(default_factory=dict)
     checks: Any = None
     recapture: Callable[[Report | None], Program] | None = None
+    captured_from: Path | str | None = None
 
     def reference(self, report: Report | None = None) -> Program:
         """Return the program as it was captured; ``report`` is as ``capture`` takes it.

@@ -7,6 +7,7 @@ import math
 import operator
 import struct
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +103,15 @@ def save_program(
     (folder / PROGRAM_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def load_program(folder: Path, report: Report | None = None) -> Program:
+def load_program(
+    folder: Path, report: Report | None = None, *, allow_pickle: bool = False
+) -> Program:
     """Read a program that ``save_program`` wrote; weights stay unread.
 
     Args:
         folder: where it was written.
         report: called with the share of the work that is done, 0 to 1, as it grows.
+        allow_pickle: let the untouched model behind it be captured from pickled files.
 
     Raises:
         StorageError: a file is missing, damaged, or of another version.
@@ -121,7 +125,7 @@ def load_program(folder: Path, report: Report | None = None) -> Program:
                 f"version {FORMAT_VERSION}",
                 remedy="run the pipeline again with this version of modelathe",
             )
-        return _decode_program(folder, description, Watch(report))
+        return _decode_program(folder, description, Watch(report), allow_pickle)
     except StorageError:
         raise
     except Exception as error:  # a damaged graph makes shape rules raise nearly anything
@@ -131,7 +135,9 @@ def load_program(folder: Path, report: Report | None = None) -> Program:
         ) from error
 
 
-def _decode_program(folder: Path, description: dict[str, Any], watch: Watch) -> Program:
+def _decode_program(
+    folder: Path, description: dict[str, Any], watch: Watch, allow_pickle: bool
+) -> Program:
     from . import ops as _ops  # noqa: F401  (registers our operators, which graphs may name)
 
     file = SafetensorsFile(folder / WEIGHTS_FILE)
@@ -141,7 +147,7 @@ def _decode_program(folder: Path, description: dict[str, Any], watch: Watch) -> 
         key: FileWeight(file, key, prints[key], finite=key not in endless) for key in file.keys
     }
     weights = Weights(table, description["aliases"], description["buffers"])
-    origin = _decode_origin(description["origin"])
+    origin = _decode_origin(description["origin"], allow_pickle)
     program = Program({}, {}, weights, description["config"], origin)
     contents = description["graphs"]
     sizes = Sizes({k: v for content in contents.values() for k, v in content["hints"].items()})
@@ -312,6 +318,7 @@ def _encode_origin(origin: Origin) -> dict[str, Any]:
         "model": origin.model,
         "kind": origin.kind,
         "folder": str(origin.folder) if origin.folder else None,
+        "captured_from": str(origin.captured_from) if origin.captured_from else None,
         "passes": origin.passes,
         "notes": origin.notes,
         "source": origin.source,
@@ -319,9 +326,12 @@ def _encode_origin(origin: Origin) -> dict[str, Any]:
     }
 
 
-def _decode_origin(encoded: dict[str, Any]) -> Origin:
+def _decode_origin(encoded: dict[str, Any], allow_pickle: bool) -> Origin:
     folder = Path(encoded["folder"]) if encoded["folder"] else None
-    source = folder if folder is not None else encoded["model"]
+    # 0.1 wrote no ``captured_from``.
+    source = encoded.get("captured_from", encoded["folder"] or encoded["model"])
+    if source is not None and Path(source).is_absolute():
+        source = Path(source)
     return Origin(
         encoded["model"],
         encoded["kind"],
@@ -330,11 +340,12 @@ def _decode_origin(encoded: dict[str, Any]) -> Origin:
         tuple(encoded["notes"]),
         encoded["source"],
         encoded["record"],
-        recapture=lambda report: _recapture(source, report),
+        recapture=None if source is None else partial(_recapture, source, allow_pickle),
+        captured_from=source,
     )
 
 
-def _recapture(source: str | Path, report: Report | None) -> Program:
+def _recapture(source: str | Path, allow_pickle: bool, report: Report | None) -> Program:
     from .capture import capture
 
-    return capture(source, report=report)
+    return capture(source, allow_pickle=allow_pickle, report=report)

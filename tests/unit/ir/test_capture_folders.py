@@ -19,6 +19,7 @@ from modelathe.ir import (
     Program,
     StorageError,
     capture,
+    save_program,
     to_text,
 )
 from support.feeds import feed, plain_outputs
@@ -117,6 +118,13 @@ def test_a_pickle_is_read_only_when_it_is_trusted(
     found = capture(folder, allow_pickle=True)
     inputs = feed(found)
     assert_same_bits(found.run(inputs), captured.run(inputs))
+
+
+def test_a_program_of_a_trusted_pickle_finds_it_again(bert: Path, tmp_path: Path) -> None:
+    found = capture(_pickled(bert, tmp_path / "m"), allow_pickle=True)
+    save_program(found, tmp_path)
+    again = capture(tmp_path, allow_pickle=True)
+    assert to_text(again.origin.reference()) == to_text(found)
 
 
 class Evil:

@@ -45,6 +45,20 @@ def test_a_trusted_pt2_file_gives_the_program_of_the_module(pt2: Path) -> None:
     assert to_text(found.origin.reference()) == to_text(found)
 
 
+def test_a_program_of_a_pt2_file_finds_it_from_another_folder(
+    pt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = capture("model.pt2", allow_pickle=True)
+    save_program(found, tmp_path)
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    again = capture(tmp_path, allow_pickle=True)
+    assert to_text(again.origin.reference()) == to_text(found)
+    with pytest.raises(CaptureError, match="may unpickle"):
+        capture(tmp_path).origin.reference()
+
+
 @pytest.mark.parametrize("content", [b"", b"not a zip file"])
 def test_a_damaged_pt2_file_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.pt2"

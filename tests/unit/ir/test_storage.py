@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from modelathe.ir import (
+    CaptureError,
     FileWeight,
     StorageError,
     capture,
@@ -108,6 +109,18 @@ def test_infinities_of_a_mask_and_odd_arguments_survive(tmp_path: Path) -> None:
     save_program(found, tmp_path)
     x = feed(found)
     assert_same_bits(load_program(tmp_path).run(x), found.run(x))
+
+
+def test_a_program_of_a_module_in_memory_has_no_untouched_one(tmp_path: Path) -> None:
+    save_program(program("norm-mlp"), tmp_path)
+    with pytest.raises(CaptureError, match="is not available"):
+        load_program(tmp_path).origin.reference()
+
+
+def test_a_folder_of_the_first_release_finds_its_source(tmp_path: Path) -> None:
+    save_program(program("norm-mlp"), tmp_path)
+    _edit(lambda d: (d["origin"].pop("captured_from"), d["origin"].update(model="demo")))(tmp_path)
+    assert load_program(tmp_path).origin.captured_from == "demo"
 
 
 def test_symbolic_sizes_survive(tmp_path: Path) -> None:
