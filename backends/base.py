@@ -156,7 +156,7 @@ class Artifact:
             "kind": origin.kind,
             "model": origin.model,
             "notes": list(origin.notes),
-            "source": source_files(origin.folder) or {"weights": origin.source},
+            "source": source_files(origin.captured_from) or {"weights": origin.source},
             "pipeline": ",".join(origin.passes),
             **{name: value for name, value in origin.record.items() if name != "captured"},
             "signatures": program_signatures(self.program),
@@ -170,9 +170,9 @@ class Artifact:
         }
 
 
-def source_files(folder: Path | None) -> dict[str, str]:
+def source_files(folder: Path | str | None) -> dict[str, str]:
     """Return name and SHA-256 of the weight files that a program was captured from, if any."""
-    if folder is None or not folder.is_dir():
+    if not isinstance(folder, Path) or not folder.is_dir():
         return {}
     names = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
     return {path.name: sha256(path) for path in names}

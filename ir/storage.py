@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-from .errors import StorageError
+from .errors import CaptureError, StorageError
 from .files import ALIGNMENT, FileWeight, SafetensorsFile
 from .infer import Sizes, infer_graph, size_hints
 from .program import Origin, Program, Signature
@@ -147,7 +147,7 @@ def _decode_program(
         key: FileWeight(file, key, prints[key], finite=key not in endless) for key in file.keys
     }
     weights = Weights(table, description["aliases"], description["buffers"])
-    origin = _decode_origin(description["origin"], allow_pickle)
+    origin = _decode_origin(description["origin"], folder, allow_pickle)
     program = Program({}, {}, weights, description["config"], origin)
     contents = description["graphs"]
     sizes = Sizes({k: v for content in contents.values() for k, v in content["hints"].items()})
@@ -326,7 +326,11 @@ def _encode_origin(origin: Origin) -> dict[str, Any]:
     }
 
 
-def _decode_origin(encoded: dict[str, Any], allow_pickle: bool) -> Origin:
+def _decode_origin(encoded: dict[str, Any], saved: Path, allow_pickle: bool) -> Origin:
+    """Return the origin of a program that lies in the folder ``saved``.
+
+    Configuration and tokenizer were copied there; they serve where the source's own are gone.
+    """
     folder = Path(encoded["folder"]) if encoded["folder"] else None
     # 0.1 wrote no ``captured_from``.
     source = encoded.get("captured_from", encoded["folder"] or encoded["model"])
@@ -335,17 +339,29 @@ def _decode_origin(encoded: dict[str, Any], allow_pickle: bool) -> Origin:
     return Origin(
         encoded["model"],
         encoded["kind"],
-        folder if folder is not None and folder.is_dir() else None,
+        saved.resolve() if folder is not None and not folder.is_dir() else folder,
         tuple(encoded["passes"]),
         tuple(encoded["notes"]),
         encoded["source"],
         encoded["record"],
-        recapture=None if source is None else partial(_recapture, source, allow_pickle),
+        recapture=None if source is None else partial(_recapture, saved, source, allow_pickle),
         captured_from=source,
     )
 
 
-def _recapture(source: str | Path, allow_pickle: bool, report: Report | None) -> Program:
+def _recapture(
+    saved: Path, source: str | Path, allow_pickle: bool, report: Report | None
+) -> Program:
+    """Capture again what the program in the folder ``saved`` was made of.
+
+    Raises:
+        CaptureError: it is gone, or cannot be captured.
+    """
     from .capture import capture
 
+    if isinstance(source, Path) and not source.exists():
+        raise CaptureError(
+            f"the untouched model behind {saved}, {source}, is gone",
+            remedy="put it back; or go on without comparing anything with it: --no-check",
+        )
     return capture(source, allow_pickle=allow_pickle, report=report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -188,8 +189,8 @@ def _unread(program: Program, fit: _Fit) -> dict[str, Weight]:
 
 def _source(program: Program) -> dict[str, Weight]:
     """Return all weights of the folder that a program was captured from, if there is one."""
-    folder = program.origin.folder
-    if folder is None:
+    folder = program.origin.captured_from
+    if not isinstance(folder, Path) or not folder.is_dir():
         return {}
     model: Any = fake_model(folder, read_config(folder))[0]
     return map_weights(model, stored_tensors(folder), folder).weights

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from modelathe.ir import (
     Program,
     StorageError,
     capture,
+    load_program,
     save_program,
     to_text,
 )
@@ -125,6 +127,23 @@ def test_a_program_of_a_trusted_pickle_finds_it_again(bert: Path, tmp_path: Path
     save_program(found, tmp_path)
     again = capture(tmp_path, allow_pickle=True)
     assert to_text(again.origin.reference()) == to_text(found)
+
+
+def test_a_program_outlives_its_source(bert: Path, tmp_path: Path) -> None:
+    source = copy_folder(bert, tmp_path / "m")
+    for name in ("saved", "again"):
+        (tmp_path / name).mkdir()
+    save_program(capture(source), tmp_path / "saved")
+    assert load_program(tmp_path / "saved").origin.folder == source.resolve()
+    shutil.rmtree(source)
+    found = load_program(tmp_path / "saved")
+    assert found.origin.folder == (tmp_path / "saved").resolve()  # with the tokenizer's copy
+    with pytest.raises(CaptureError, match=r"untouched model behind .*, is gone") as caught:
+        found.origin.reference()
+    assert "--no-check" in caught.value.remedy
+    save_program(found, tmp_path / "again")  # what it holds is not the untouched model
+    with pytest.raises(CaptureError, match="is gone"):
+        load_program(tmp_path / "again").origin.reference()
 
 
 class Evil:
