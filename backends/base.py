@@ -139,8 +139,9 @@ class Artifact:
         if not self.check:
             return manifest
         fields["lowering"] = self.backend.check(self.source, self.program, folder, context)
-        measured = check_fidelity(self.source, open_artifact(folder), context)
+        measured, data = check_fidelity(self.source, open_artifact(folder), context)
         fields["fidelity"] = measured.known()
+        fields["data"] = {**fields.get("data", {}), **data}
         self.budget.judge(measured, f"the {self.backend.name} artifact")
         fields["sizes"] = {**fields["sizes"], "artifact_bytes": model_bytes(manifest)}
         return write_manifest(folder, fields)

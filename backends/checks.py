@@ -174,19 +174,26 @@ def _check_choice(reference: Tensor, found: Tensor, limit: float, step: int) -> 
         )
 
 
-def check_fidelity(program: Program, session: Session, context: PassContext) -> Measured:
-    """Measure an artifact as it ships against the captured program."""
+def check_fidelity(
+    program: Program, session: Session, context: PassContext
+) -> tuple[Measured, dict[str, Any]]:
+    """Measure an artifact as it ships against the captured program.
+
+    Returns:
+        the figures, and what they were measured on, as ``PassContext.used`` tells it.
+    """
     reference = program.origin.checks
     if not isinstance(reference, Reference):
         captured = context.reference(program) if program.origin.passes else program
         reference = Reference(captured, context)
     try:
-        return reference.measure_with(lambda batch: _forward(program, session, batch))
+        measured = reference.measure_with(lambda batch: _forward(program, session, batch))
+        return measured, reference.context.used()
     except DataError as error:
         if context.check_text is None and context.calibration is None:
             # No text was given and none can be made up: the lowering was checked all the same.
             context.progress.note(f"fidelity not measured: {error}")
-            return Measured()
+            return Measured(), {}
         raise
 
 

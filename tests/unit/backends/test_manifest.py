@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 import pytest
+import torch
 
 from modelathe.backends import Eager
 from modelathe.backends.manifest import (
@@ -17,6 +18,7 @@ from modelathe.backends.manifest import (
     write_manifest,
 )
 from modelathe.ir import StorageError
+from modelathe.passes import PassContext, Pipeline, TokenWindows
 from support.artifacts import manifest_fields
 from support.models import program
 
@@ -63,6 +65,17 @@ def test_a_folder_without_a_manifest_is_no_artifact(tmp_path: Path) -> None:
     assert not is_artifact(tmp_path)
     (tmp_path / "manifest.json").write_text('{"format": "other"}')
     assert not is_artifact(tmp_path)
+
+
+def test_what_the_artifact_was_measured_on_is_in_the_manifest(tmp_path: Path) -> None:
+    windows = TokenWindows.of(torch.arange(8).view(2, 4), "four tokens, twice")
+    context = PassContext(check_text=windows)
+    result = Pipeline([], context=context)(program("bert"))
+    assert result.data == {}  # nothing had to be measured on the way
+    made = Eager().lower(result.program, context=context).save(tmp_path / "out")
+    assert made["fidelity"]["cosine"] == pytest.approx(1)
+    assert made["data"]["check"]["source"] == "four tokens, twice"
+    assert read_manifest(tmp_path / "out")["data"] == made["data"]
 
 
 def test_the_weights_of_a_module_without_files_are_identified(tmp_path: Path) -> None:
