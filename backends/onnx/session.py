@@ -163,12 +163,12 @@ def model_path(folder: Path, graph: str) -> Path:
 
 
 def refuse_outside_data(folder: Path) -> None:
-    """Check every ONNX file of a folder, whether a manifest lists it or not.
+    """Check every ONNX file in and below a folder, whether a manifest lists it or not.
 
     Raises:
         StorageError: one names data outside of the folder, or data that is not there.
     """
-    for path in sorted(folder.glob("*.onnx")):
+    for path in sorted(folder.rglob("*.onnx")):
         check_external_data(path)
 
 

@@ -167,6 +167,21 @@ def test_data_outside_the_folder_is_refused_before_the_runtime_sees_it(
         open_artifact(folder)
 
 
+def test_data_outside_is_refused_in_graphs_below_the_folder_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "secret.bin").write_bytes(bytes(1000))
+    folder = write_decoder(tmp_path / "out")
+    outside(folder, climbing(folder))
+    (folder / "sub").mkdir()
+    (folder / "model.onnx").rename(folder / "sub" / "m.onnx")
+    signature = manifest_fields()["signatures"]["main"]
+    write_manifest(folder, manifest_fields(signatures={"sub/m": signature}))
+    monkeypatch.setattr("onnxruntime.InferenceSession", None)
+    with pytest.raises(StorageError, match="outside the folder"):
+        open_artifact(folder)
+
+
 def test_data_outside_is_found_in_attributes_of_branches_and_functions(tmp_path: Path) -> None:
     folder = write_decoder(tmp_path / "out")
     model = onnx.load(str(folder / "model.onnx"))
