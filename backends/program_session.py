@@ -38,11 +38,15 @@ class ProgramSession(Session):
         self._weights: dict[str, Tensor] = {}
 
     @classmethod
-    def of(cls, program: Program, dtype: torch.dtype | None = torch.float32) -> Self:
+    def of(
+        cls, program: Program, dtype: torch.dtype | None = torch.float32, *, threads: int = 0
+    ) -> Self:
         """Open a program that is in memory; its tokenizer comes from where the model came from.
 
         As a reference it computes in float32: a 16-bit model's own rounding is not the artifact's.
         """
+        if threads:
+            torch.set_num_threads(threads)
         folder = program.origin.folder or Path()
         manifest = {
             "kind": program.kind,

@@ -46,7 +46,8 @@ def open_session(
         return open_artifact_folder(word, screen, threads=threads)
     from ..backends.program_session import ProgramSession
 
-    return ProgramSession.of(open_program(word, screen, allow_pickle=allow_pickle))
+    program = open_program(word, screen, allow_pickle=allow_pickle)
+    return ProgramSession.of(program, threads=threads)
 
 
 def open_artifact_folder(word: str, screen: Screen, *, threads: int = 0) -> Session:
