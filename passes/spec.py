@@ -78,6 +78,17 @@ def parse(text: str, registry: Mapping[str, type[T]], base: type[object] = objec
     return tuple(_build(text, entry, registry, base) for entry in _Parser(text).entries())
 
 
+def class_called(
+    name: str, registry: Mapping[str, type[T]], base: type[object] = object
+) -> type[T]:
+    """Return the class that a spec of this name is of: a short name, or an import path.
+
+    Raises:
+        SpecSyntaxError: there is none.
+    """
+    return _find(name, Word(name, 0), registry, base)
+
+
 def with_installed(
     ours: Mapping[str, type[T]], group: str, base: type[object], error: type[ModelatheError]
 ) -> dict[str, type[T]]:

@@ -41,6 +41,14 @@ def test_each_is_shown_with_all_of_its_options(cli: Cli, kind: type[Any]) -> Non
         assert option["doc"], f"{kind.name}: {option['name']} has no entry under Attributes"
 
 
+def test_a_pass_outside_this_package_is_shown_by_its_import_path(cli: Cli) -> None:
+    path = "modelathe.passes.canonicalize:Canonicalize"
+    assert cli("passes", path, "--json").json == cli("passes", "canonicalize", "--json").json
+    refused = cli("passes", "modelathe.passes:PassContext")
+    assert refused.status != 0
+    assert "must be a frozen dataclass that derives from Pass" in refused.err
+
+
 def test_the_list_needs_no_torch() -> None:
     code = (
         "import sys; from modelathe.cli import main; main(['passes']); main(['backends']);"
