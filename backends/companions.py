@@ -32,15 +32,19 @@ def write_companions(program: Program, folder: Path) -> list[str]:
     Returns:
         the names of the files written.
     """
-    written = []
+    source = program.origin.folder
+    names = companion_names(program)
     if program.config:
         text = json.dumps(program.config, indent=2, ensure_ascii=False, default=str)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-        written.append("config.json")
-    source = program.origin.folder
-    for name in _COPIED if source is not None else ():
-        assert source is not None
-        if (source / name).is_file():
+    for name in names:
+        if source is not None and name != "config.json":
             shutil.copyfile(source / name, folder / name)
-            written.append(name)
-    return written
+    return names
+
+
+def companion_names(program: Program) -> list[str]:
+    """Return the names of the files that ``write_companions`` writes."""
+    source = program.origin.folder
+    copied = [] if source is None else [name for name in _COPIED if (source / name).is_file()]
+    return [*(["config.json"] if program.config else []), *copied]

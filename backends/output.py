@@ -20,7 +20,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -82,6 +82,18 @@ def check_writable(out: Path, *, force: bool = False) -> None:
         finally:
             _leave(partial)
     _check_target(out, target, force)
+
+
+def check_free(out: Path, names: Iterable[str]) -> None:
+    """Fail before hours of work where files called ``names`` cannot be written into ``out``.
+
+    Raises:
+        StorageError: somebody else's file has one of the names.
+    """
+    target = Path(os.path.realpath(out))
+    foreign = set(_foreign(target)) if target.is_dir() else set()
+    for name in sorted(foreign & set(names)):
+        raise _in_the_way(target / name)
 
 
 @contextlib.contextmanager
@@ -287,10 +299,7 @@ def _own_files(folder: Path) -> set[str]:
 def _keep(source: Path, place: Path) -> None:
     """Put a file of somebody else's, or a link, or an empty folder, at ``place`` as well."""
     if os.path.lexists(place):
-        raise StorageError(
-            f"{source}: is not a file that modelathe wrote, and a new one must go there",
-            remedy="move it elsewhere, or choose another output folder with -o",
-        )
+        raise _in_the_way(source)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -307,6 +316,13 @@ def _keep(source: Path, place: Path) -> None:
             os.link(source, place)
         except OSError:  # a file system without hard links
             shutil.copy2(source, place)
+
+
+def _in_the_way(path: Path) -> StorageError:
+    return StorageError(
+        f"{path}: is not a file that modelathe wrote, and a new one must go there",
+        remedy="move it elsewhere, or choose another output folder with -o",
+    )
 
 
 def _sync(folder: Path) -> None:

@@ -148,7 +148,8 @@ def command(
     _check_together(out, dry_run, resume, asked if no_check else [])
     screen = Screen(as_json=as_json)
     with screen.quiet_libraries(debug=debug):
-        from ..backends.output import check_writable, kept_state, resumable
+        from ..backends.companions import companion_names
+        from ..backends.output import check_free, check_writable, kept_state, resumable
         from ..passes import Budget, PassContext, Pipeline
         from ..passes.data import read_text
 
@@ -182,6 +183,7 @@ def command(
             planned = plan(program, passes, backend, None if out is None else str(out))
             return screen.emit(planned) if as_json else show_plan(screen, planned)
         assert out is not None
+        check_free(out, companion_names(program))
         settings = {
             "model": model,
             "pipeline": str(passes),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from modelathe.backends.manifest import read_manifest, write_manifest
-from modelathe.backends.output import check_writable, resumable, writing
+from modelathe.backends.output import check_free, check_writable, resumable, writing
 from modelathe.ir import StorageError
 from support.artifacts import manifest_fields
 
@@ -107,6 +107,16 @@ def test_force_refuses_to_write_over_a_file_of_somebody_else(tmp_path: Path) -> 
         make(out, force=True, a="2", b="2")
     assert contents(out) == {"a": "1", "b": "mine"}
     assert sorted(os.listdir(tmp_path)) == ["out"]
+
+
+def test_a_file_of_somebody_else_is_found_before_the_work(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    check_free(out, ["b"])
+    make(out, a="1")
+    (out / "b").write_text("mine")
+    check_free(out, ["a", "c"])
+    with pytest.raises(StorageError, match="b: is not a file that modelathe wrote"):
+        check_free(out, ["a", "b"])
 
 
 def test_a_failing_replacement_leaves_the_old_folder(tmp_path: Path) -> None:
