@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -54,6 +54,14 @@ class Backend(ABC):
     def prepare(self, program: Program) -> Program:
         """Return the program that is written, such as one converted to the backend's dtype."""
         return program
+
+    def converts_to(self, passes: Sequence[str]) -> str | None:
+        """Return the dtype that ``prepare`` converts what these passes made to; None: it does not.
+
+        Args:
+            passes: their texts.
+        """
+        return None
 
     @abstractmethod
     def write(self, program: Program, folder: Path, context: PassContext) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,32 @@ if TYPE_CHECKING:
     from ..backends import Backend
     from ..ir import Program
     from ..passes import Pass, Pipeline
+    from ..passes.quantization.readers import Shared
 
 _BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A weight, or all those that the passes known here leave as they are.
+
+    Attributes:
+        shared: the weight and its readers; None for the rest.
+        inside: whether it lies in a transformer block.
+        count: its parameters.
+        row: how many of them lie side by side along the input axis.
+        width: bytes of one number that is not quantised.
+        bytes: of all.
+        coded: whether it is quantised.
+    """
+
+    shared: Shared | None
+    inside: bool
+    count: float
+    row: int
+    width: float
+    bytes: float
+    coded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,55 +47,43 @@ class Estimate:
     Attributes:
         blocks: transformer layers.
         unique: how many of them have weights of their own.
-        inside: parameters of the linears in all unique blocks.
-        outside: parameters of linears elsewhere, the head for one.
-        rest: parameters of everything else.
-        linear_bytes: of one parameter of a linear.
-        rest_bytes: of one other parameter.
+        parts: the weights.
     """
 
     blocks: int
     unique: int
-    inside: float
-    outside: float
-    rest: float
-    linear_bytes: float
-    rest_bytes: float
+    parts: tuple[Part, ...]
 
     @property
     def bytes(self) -> int:
         """Bytes of all weights."""
-        linear = (self.inside + self.outside) * self.linear_bytes
-        return round(linear + self.rest * self.rest_bytes)
+        return round(sum(part.bytes for part in self.parts))
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all weights."""
+        return round(sum(part.count for part in self.parts))
 
     @classmethod
     def of(cls, program: Program) -> Estimate:
-        """Count a program's weights; reads none of them."""
+        """Count the weights of a program in canonical form; reads none of them."""
         from ..backends.sizes import program_sizes
-        from ..ir import Linear, block_of
+        from ..ir import block_of
+        from ..passes.quantization.readers import find_shared
 
         sizes = program_sizes(program)
-        inside: dict[str, int] = {}
-        outside: dict[str, int] = {}
-        for graph in program.graphs.values():
-            for node in graph.nodes:
-                if (linear := Linear.match(node)) is None or linear.weight.op != "get_attr":
-                    continue
-                weight = program.weight(linear.weight)
-                place = outside if block_of(node) is None else inside
-                place[str(linear.weight.target)] = weight.shape[0] * weight.shape[-1]
-        linears = sum(inside.values()) + sum(outside.values())
-        each = sizes.bytes / max(1, sizes.parameters)
-        rest = max(0, sizes.parameters - linears)
-        return cls(
-            sizes.blocks,
-            sizes.blocks,
-            sum(inside.values()),
-            sum(outside.values()),
-            rest,
-            each,
-            each,
-        )
+        parts = []
+        for shared in find_shared(program):
+            weight = program.weight(shared.name)
+            inside = any(block_of(node) is not None for _, node in shared.readers)
+            count, row = math.prod(weight.shape), weight.shape[1]
+            width = weight.dtype.itemsize
+            parts.append(Part(shared, inside, count, row, width, weight.bytes))
+        left = max(0, sizes.parameters - round(sum(part.count for part in parts)))
+        size = max(0.0, sizes.bytes - sum(part.bytes for part in parts))
+        width = max((part.width for part in parts), default=4.0)
+        rest = Part(None, False, left, 1, width, size)
+        return cls(sizes.blocks, sizes.blocks, (*parts, rest))
 
     def after(self, pass_: Pass) -> Estimate:
         """Return the estimate behind a pass; one that is not known here changes nothing."""
@@ -80,7 +93,23 @@ class Estimate:
     def with_blocks(self, blocks: int, unique: int) -> Estimate:
         """Return the estimate for another number of blocks."""
         share = unique / self.unique if self.unique else 1.0
-        return replace(self, blocks=blocks, unique=unique, inside=self.inside * share)
+        parts = (
+            replace(part, count=part.count * share, bytes=part.bytes * share)
+            if part.inside
+            else part
+            for part in self.parts
+        )
+        return Estimate(blocks, unique, tuple(parts))
+
+    def in_dtype(self, dtype: str) -> Estimate:
+        """Return the estimate with all numbers that are not quantised in another dtype."""
+        parts = (
+            replace(part, width=wide, bytes=part.bytes * wide / part.width)
+            if (wide := _BYTES.get(dtype)) and not part.coded
+            else part
+            for part in self.parts
+        )
+        return replace(self, parts=tuple(parts))
 
 
 def _prune(now: Estimate, pass_: Any) -> Estimate:
@@ -94,21 +123,27 @@ def _tie(now: Estimate, pass_: Any) -> Estimate:
 
 
 def _quantize(now: Estimate, pass_: Any) -> Estimate:
-    group = pass_.group_size if pass_.group_size > 0 else 1024
-    bits = pass_.usual_bits
+    return replace(now, parts=tuple(_coded(part, pass_) for part in now.parts))
+
+
+def _coded(part: Part, pass_: Any) -> Part:
+    from ..passes.select import chosen
+
+    shared = part.shared
+    if shared is None or part.coded or shared.obstacle:
+        return part
+    bits = pass_.width_of(shared)
+    if bits is None or not chosen(shared.paths, pass_.only, pass_.ignore):
+        return part
+    group = pass_.group_size if pass_.group_size > 0 else part.row
     zero = 0.0 if pass_.symmetric else bits / 8
-    each = bits / 8 + (now.rest_bytes + zero) / group
-    head = bits if pass_.head_bits == "bits" else pass_.head_bits
-    if head is None:
-        return replace(now, outside=0.0, rest=now.rest + now.outside, linear_bytes=each)
-    # The head counts as so many more or fewer of the other linears' parameters.
-    return replace(now, outside=now.outside * head / bits, linear_bytes=each)
+    beside = 0.0 if shared.embedding else (pass_.outliers or 0.0) * part.width
+    each = bits / 8 + (part.width + zero) / group + beside
+    return replace(part, bytes=part.count * each, coded=True)
 
 
 def _convert(now: Estimate, pass_: Any) -> Estimate:
-    each = _BYTES.get(str(pass_.to).removeprefix("torch."), now.rest_bytes)
-    whole = now.linear_bytes == now.rest_bytes
-    return replace(now, rest_bytes=each, linear_bytes=each if whole else now.linear_bytes)
+    return now.in_dtype(str(pass_.to).removeprefix("torch."))
 
 
 _RULES = {
@@ -127,8 +162,7 @@ def plan(program: Program, pipeline: Pipeline, backend: Backend, out: str | None
     """
     from ..passes import to_spec
 
-    _check_required(program, pipeline)
-    estimate = Estimate.of(program)
+    estimate = Estimate.of(_canonical(program, pipeline))
     before = estimate
     steps = []
     for pass_ in pipeline.passes:
@@ -142,13 +176,16 @@ def plan(program: Program, pipeline: Pipeline, backend: Backend, out: str | None
                 "bytes": estimate.bytes,
             }
         )
+    texts = [*program.origin.passes, *(step["pass"] for step in steps)]
+    if dtype := backend.converts_to(texts):
+        estimate = estimate.in_dtype(dtype)
     return {
         "dry_run": True,
         "model": program.origin.model,
         "kind": program.kind,
         "blocks": before.blocks,
         "bytes": before.bytes,
-        "parameters": round(before.inside + before.outside + before.rest),
+        "parameters": before.parameters,
         "passes": steps,
         "estimated_blocks": estimate.blocks,
         "estimated_bytes": estimate.bytes,
@@ -157,10 +194,11 @@ def plan(program: Program, pipeline: Pipeline, backend: Backend, out: str | None
     }
 
 
-def _check_required(program: Program, pipeline: Pipeline) -> None:
-    """Ask the passes that meet the model as it is, but for rounding, whether they take it.
+def _canonical(program: Program, pipeline: Pipeline) -> Program:
+    """Return the program in canonical form, which its first passes take.
 
-    Those behind the first lossy pass meet another model, with fewer blocks or codes for weights.
+    Asked are those that meet the model as it is, but for rounding.  Those behind the first lossy
+    pass meet another model, with fewer blocks or codes for weights.
     """
     from ..passes import Canonicalize, Fidelity
 
@@ -168,7 +206,8 @@ def _check_required(program: Program, pipeline: Pipeline) -> None:
     for pass_ in pipeline.passes:
         pass_.requires(found)
         if pass_.fidelity is Fidelity.LOSSY:
-            return
+            break
+    return found
 
 
 def _options(pass_: Pass) -> dict[str, str]:
@@ -193,6 +232,7 @@ def show_plan(screen: Screen, found: dict[str, Any]) -> None:
     rows += [
         [s["pass"], s["fidelity"], s["blocks"], size_text(s["bytes"])] for s in found["passes"]
     ]
+    rows += [["(as written)", "", found["estimated_blocks"], size_text(found["estimated_bytes"])]]
     screen.table(["pass", "outputs", "blocks", "about"], rows, right=["blocks", "about"])
     for step in found["passes"]:
         words = " ".join(f"{name}={value}" for name, value in step["options"].items())

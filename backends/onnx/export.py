@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -57,10 +57,15 @@ class Onnx(Backend):
         version, may not have it.
         """
         program = Canonicalize()(program, PassContext()).program
-        dtype = self.dtype or _fitting_dtype(program)
+        dtype = self.converts_to(program.origin.passes)
         if dtype is None or self.computes_in(program) == dtype:
             return program
         return ConvertDtype(to=dtype)(program, PassContext()).program
+
+    def converts_to(self, passes: Sequence[str]) -> DType | None:
+        """Return the dtype asked for, else float32 unless the pipeline chose one."""
+        chosen = any(text.partition("{")[0] == ConvertDtype.name for text in passes)
+        return self.dtype or (None if chosen else "float32")
 
     def computes_in(self, program: Program) -> str:
         from ..checks import compute_dtype
@@ -125,12 +130,6 @@ class Onnx(Backend):
 
         with exact_session(folder) as session:
             yield session
-
-
-def _fitting_dtype(program: Program) -> DType | None:
-    """Return float32 unless the pipeline chose a dtype."""
-    chosen = any(text.partition("{")[0] == ConvertDtype.name for text in program.origin.passes)
-    return None if chosen else "float32"
 
 
 def _metadata(program: Program) -> dict[str, str]:

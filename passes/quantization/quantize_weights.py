@@ -235,7 +235,11 @@ class QuantizeWeights(Pass):
         if choice is not None and self.bits not in (None, choice):
             text = f"bits={self.bits} overrides the {choice} bits that were chosen for it"
             remarks.append(Remark("applied", f"@{shared.name}", text))
-        usual = self.bits or choice or self.usual_bits
+        return self.width_of(shared)
+
+    def width_of(self, shared: Shared) -> int | None:
+        """Return the width that the options and earlier passes ask for; None: left alone."""
+        usual = self.bits or width_choice(shared) or self.usual_bits
         if shared.head or (shared.embedding and shared.linear):
             return usual if self.head_bits == "bits" else self.head_bits
         return self.embedding_bits if shared.embedding else usual
