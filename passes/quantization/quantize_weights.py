@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 from ...ir import PassError, Program, Weight, call_name, mark, marks_of, path_of
@@ -24,7 +25,7 @@ from .outliers import (
 from .readers import Shared, find_shared, made_weights, quantized_paths, seen_paths, width_choice
 from .rewrite import is_quantized, put_beside, put_stored, quantized_call, weight_of
 from .sequential import Moments, in_sequence
-from .store import Dequantized, Stored, check_kept, check_rounded, quality, store, store_rounded
+from .store import Dequantized, Stored, check_chosen, check_rounded, quality, store, store_rounded
 
 Bits = Literal[2, 3, 4, 8]
 METHOD = "method"
@@ -282,17 +283,25 @@ class QuantizeWeights(Pass):
 
         def quantize(together: list[Shared], moments: Moments) -> list[Weight]:
             weights = {shared.name: program.weight(shared.name) for shared in together}
-            stored = _solve(together, weights, moments, plan, recipe)
+            solved = _solve(together, weights, moments, plan, recipe)
+            instead: list[Weight] = []
             for shared in together:
-                weight, tensor = weights[shared.name], stored[shared.name]
-                done.append((shared, store(tensor.codes), tensor.outliers))
+                weight, tensor = weights[shared.name], solved[shared.name]
+                stored = store(weight, tensor)
+                done.append((shared, stored, tensor.outliers))
+                # reads what is stored, which may be in a file by then
+                read = partial(_read, stored, tensor.outliers)
+                instead.append(Dequantized(weight, stored.qtype, read))
                 share = share_lost(weight.load(), tensor, moments)
                 text = f", {100 * share:.2g} % of its results' mean square lost"
                 remarks.append(_remark(shared, weight, tensor, text))
+                if share >= 1:
+                    gone = "nothing is left of what it computes: give more bits or smaller groups"
+                    remarks.append(Remark("missed", f"@{shared.name}", gone))
                 if moments.count < weight.shape[1]:
                     few = f"{moments.count} tokens say little about {weight.shape[1]} inputs"
                     remarks.append(Remark("missed", f"@{shared.name}", f"{few}: give more text"))
-            return [Dequantized(weights[s.name], stored[s.name]) for s in together]
+            return instead
 
         in_sequence(program, wanted, context, quantize)
         for shared, stored, outliers in done:
@@ -322,14 +331,15 @@ class QuantizeWeights(Pass):
                 parts = tuple(node and node.target for node in nodes)
                 if source not in stored_as:
                     stored_as[source] = parts
-                    stored, weight = Stored.of(after, call).load(), before.weight(source).load()
+                    stored, weight = Stored.of(after, call), before.weight(source)
                     outliers = None if beside is None else Outliers.read(after, beside)
                     if outliers is not None:
-                        check_outliers(source, stored, outliers)
+                        check_outliers(source, stored.load(), outliers)
                     if METHOD in marks_of(new):
-                        check_kept(source, weight, stored, outliers)
+                        check_chosen(source, weight, stored, outliers)
                     else:
-                        check_rounded(source, weight, stored, self.clip in ("auto", "none"))
+                        covering = self.clip in ("auto", "none")
+                        check_rounded(source, weight.load(), stored.load(), covering)
                 elif stored_as[source] != parts:
                     raise PassError(f"%{new.name}: @{source} was shared, and is stored twice now")
 
@@ -348,6 +358,10 @@ def _solve(
         how = replace(recipe, outliers=None) if looked_up else recipe
         found |= solve_together(own, moments, plan, how)
     return found
+
+
+def _read(stored: Stored, outliers: Outliers | None) -> Solved:
+    return Solved(stored.load(), outliers)
 
 
 def _no_outliers(shared: Shared, recipe: Recipe) -> str:

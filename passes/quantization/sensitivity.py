@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,7 +111,8 @@ class Cost:
                 for shared in self.rounded.units[index].weights:
                     tensor = self.rounded.tensor(shared.name, width)
                     weight = program.weight(shared.name)
-                    trial.weights.put(shared.name, Dequantized(weight, Solved(tensor)))
+                    read = partial(Solved, tensor)
+                    trial.weights.put(shared.name, Dequantized(weight, tensor.qtype, read))
             found = self._reference.measure(trial)
             cost = found.kl if found.kl is not None else 1.0 - (found.cosine or 0.0)
             _check_finite(math.isfinite(cost))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -97,10 +99,28 @@ def _part(whole: Weight, start: int, shape: tuple[int, int], dtype: torch.dtype)
     )
 
 
-def store(tensor: QuantizedTensor) -> Stored:
-    """Return a quantised weight that is computed already as weights of a program."""
+def store(weight: Weight, solved: Solved) -> Stored:
+    """Return a quantised weight that is computed already as weights of a program.
+
+    Args:
+        weight: the one that it takes the place of.
+        solved: its codes, and its outliers, which are not stored here.
+    """
+    tensor = solved.codes
+    codes = SCRATCH.keep(chosen_print(weight, solved), tensor.codes.contiguous())
     zeros = None if tensor.zeros is None else held(tensor.zeros)
-    return Stored(tensor.qtype, tensor.in_features, held(tensor.codes), held(tensor.scales), zeros)
+    return Stored(tensor.qtype, tensor.in_features, codes, held(tensor.scales), zeros)
+
+
+def chosen_print(weight: Weight, solved: Solved) -> str:
+    """Return the fingerprint of codes that text has chosen.
+
+    It also tells which weight they are of, and what they and all that is stored beside them stand
+    for: what is right for them cannot be seen from the weight.
+    """
+    stands_for = f"{weight.fingerprint} {content_hash(solved.dequantize())}"
+    meant = hashlib.sha256(stands_for.encode()).hexdigest()[:32]
+    return f"tensor:{content_hash(solved.codes.codes)}:{meant}"
 
 
 def held(value: Tensor) -> Weight:
@@ -114,36 +134,33 @@ class Dequantized(Weight):
 
     Args:
         weight: the one that it takes the place of.
-        tensor: its codes, and its outliers.
+        qtype: its number type.
+        load: reads its codes, and its outliers.
     """
 
-    def __init__(self, weight: Weight, tensor: Solved) -> None:
-        self.shape, self.dtype, self._tensor = weight.shape, weight.dtype, tensor
-        self._fingerprint = f"dequantized:{weight.fingerprint}:{tensor.codes.qtype}"
+    def __init__(self, weight: Weight, qtype: QuantType, load: Callable[[], Solved]) -> None:
+        self.shape, self.dtype, self._load = weight.shape, weight.dtype, load
+        self._fingerprint = f"dequantized:{weight.fingerprint}:{qtype}"
 
     @property
     def fingerprint(self) -> str:
         return self._fingerprint
 
     def load(self, dtype: torch.dtype | None = None) -> Tensor:
-        return self._tensor.dequantize(dtype or self.dtype)
+        return self._load().dequantize(dtype or self.dtype)
 
 
-def check_kept(
-    name: str, weight: Tensor, stored: QuantizedTensor, outliers: Outliers | None = None
-) -> None:
-    """Check that codes which text has chosen still stand for something like the weight.
+def check_chosen(name: str, weight: Weight, stored: Stored, outliers: Outliers | None) -> None:
+    """Check that codes which text has chosen stand for what was computed when they were chosen.
 
-    They need not be the nearest.  But a weight that differs from its original by more than its
-    own size computes nothing of what it did: a scale of another group, or codes in another order.
+    They need not be the nearest, nor near: the weight may move by more than its size where what it
+    reads has next to no power.
 
     Raises:
-        PassError: it does.
+        PassError: they do not.
     """
-    if (noise := quality(weight, stored, outliers)) <= 0:
-        raise PassError(
-            f"@{name}: the stored weight is not the weight ({noise:.1f} dB signal to error)"
-        )
+    if stored.codes.fingerprint != chosen_print(weight, Solved(stored.load(), outliers)):
+        raise PassError(f"@{name}: the stored codes do not stand for the numbers computed")
 
 
 def quality(weight: Tensor, stored: QuantizedTensor, outliers: Outliers | None = None) -> float:

@@ -1,0 +1,76 @@
+"""What is checked of codes that text has chosen: that they stand for what was computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from modelathe.ir import Program, QuantizedLinear, TensorWeight
+from modelathe.passes import PassContext, PassError, QuantizeWeights
+from modelathe.passes.data import TokenWindows
+from modelathe.passes.quantization import quantize_weights
+from support.models import canonical
+
+
+def context() -> PassContext:
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(32, (4, 12), generator=generator)
+    return PassContext(calibration=TokenWindows.of(tokens, "test"))
+
+
+def linears(program: Program) -> list[QuantizedLinear]:
+    views = (QuantizedLinear.match(node) for node in program.graph.nodes)
+    return [view for view in views if view is not None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Broken(QuantizeWeights):
+    """Quantises, then spoils what is stored as ``how`` says."""
+
+    how: str = ""
+
+    def run(self, program: Program, context: PassContext) -> Any:
+        result = super().run(program, context)
+        first, second, *_ = linears(program)
+        scales, codes = (program.weight(part) for part in (first.scales, first.codes))
+        other = program.weight(second.codes)  # of a weight of the same sizes
+        spoiled: Any = {
+            "groups": (first.scales, TensorWeight(scales.load().roll(1, 1))),
+            "step": (first.scales, TensorWeight(scales.load() * 1.01)),
+            "rows": (first.codes, TensorWeight(codes.load().roll(1, 0))),
+            "another weight": (first.codes, other),
+        }
+        node, value = spoiled[self.how]
+        program.weights.put(str(node.target), value)
+        return result
+
+
+@pytest.mark.parametrize("how", ["groups", "step", "rows", "another weight"])
+def test_what_is_not_what_was_computed_is_found(how: str) -> None:
+    broken = Broken(how=how, group_size=8, only=("layers.1.mlp.gate_proj", "layers.1.mlp.up_proj"))
+    with pytest.raises(PassError, match=r"@model\.layers\.1.* do not stand for the numbers"):
+        broken(canonical("llama"), context())
+
+
+def test_a_weight_may_move_by_more_than_its_size_where_nothing_is_read() -> None:
+    program = canonical("llama").editable()
+    name = "model.embed_tokens.weight"
+    generator = torch.Generator().manual_seed(0)
+    table = program.weights[name].load()
+    rows, columns = (torch.randn(size, generator=generator) for size in table.shape)
+    one_direction = torch.outer(rows, columns) + 0.05 * table
+    program.weights.put(name, TensorWeight(one_direction))
+    pass_ = QuantizeWeights(bits=2, group_size=-1, method="quantease", head_bits=None)
+    remarks = pass_(program, context()).remarks
+    noise = [float(r.message.split(" dB")[0].split()[-1]) for r in remarks if " dB" in r.message]
+    assert min(noise) < 0
+
+
+def test_it_is_said_where_nothing_is_left_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantize_weights, "share_lost", lambda *_: 1.0)
+    pass_ = QuantizeWeights(group_size=8, only=("layers.0.mlp.down_proj",))
+    remarks = pass_(canonical("llama"), context()).remarks
+    assert any(r.kind == "missed" and "nothing is left" in r.message for r in remarks)
