@@ -175,12 +175,15 @@ def solve(name: str, weight: Tensor, moments: Moments, qtype: QuantType, recipe:
     beside, levels = _parted(found, free, columns, weight.dtype)
     found = torch.where(free, beside, found)
     back = torch.argsort(order)
+    # undamped, scales of columns that read next to nothing could become anything
+    steady = natural.clone()
+    steady.diagonal().add_(recipe.damping * power.mean())
     for turn in range(_REFITS if recipe.refit else 0):
         if turn:
             found = quantease(target, matrix, found, decide, _SWEEPS, relax=False)
             beside, levels = _parted(found, free, columns, weight.dtype)
         rest = plain - beside[back]
-        scales = refit(rest, levels[back], columns.scales, natural, sweeps=3)
+        scales = refit(rest, levels[back], columns.scales, steady, sweeps=3)
         columns.scales = scales.to(weight.dtype).float()
         found = levels * columns.wide() + beside
     result = columns.grid(weight.dtype)

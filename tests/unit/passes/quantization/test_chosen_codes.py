@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from modelathe.ir import Program, QuantizedLinear, TensorWeight
+from modelathe.ir.quant import QuantType
 from modelathe.passes import PassContext, PassError, QuantizeWeights
 from modelathe.passes.data import TokenWindows
 from modelathe.passes.quantization import quantize_weights
+from modelathe.passes.quantization.methods import AUTO, solve
+from modelathe.passes.quantization.sequential import Moments
 from support.models import canonical
 
 
@@ -74,3 +77,15 @@ def test_it_is_said_where_nothing_is_left_of_the_results(monkeypatch: pytest.Mon
     pass_ = QuantizeWeights(group_size=8, only=("layers.0.mlp.down_proj",))
     remarks = pass_(canonical("llama"), context()).remarks
     assert any(r.kind == "missed" and "nothing is left" in r.message for r in remarks)
+
+
+def test_refitted_scales_stay_near_the_weight_where_powers_differ_by_far() -> None:
+    generator = torch.Generator().manual_seed(0)
+    powers = torch.exp(4 * torch.randn(96, 1, generator=generator))
+    mixing = torch.randn(96, 12, generator=generator) / 12**0.5
+    inputs = mixing @ torch.randn(12, 1000, generator=generator)
+    inputs = powers * (inputs + 0.3 * torch.randn(96, 1000, generator=generator))
+    weight = torch.randn(64, 96, generator=generator)
+    moments = Moments(inputs @ inputs.T / 1000, 1000)
+    solved = solve("weight", weight, moments, QuantType(2, 16, symmetric=False), AUTO)
+    assert float(solved.dequantize().abs().max()) < 2 * float(weight.abs().max())
