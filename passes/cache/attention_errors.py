@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from ...ir import Linear, PassError, Program, QuantizedLinear, fingerprint
-from ...ir.cache import dequantize_cache, quantize_cache
+from ...ir.cache import dequantize_cache, packs, quantize_cache
+from ...ir.execute import Place
 from ..context import PassContext
 from ..outputs import observe_graph
 from .entries import Entries, Entry
@@ -25,7 +26,8 @@ class AttentionErrors:
     Attributes:
         blocks: numbers of the cache entries.
         errors: ``|o' - o| / |o|`` with keys and values in the pair's widths, sums of squares over
-            all tokens; float64 [blocks, pairs of ``CANDIDATES``].
+            all tokens; float64 [blocks, pairs of ``CANDIDATES``].  Infinite for pairs of which
+            codes do not fill whole bytes.
         tokens: how many were measured.
         fingerprint: of the program that was measured.
     """
@@ -38,7 +40,12 @@ class AttentionErrors:
     def candidates(self) -> tuple[tuple[int, ...], ...]:
         """Return, for each block, the pairs that no other one dominates in bits and error."""
         bits = [float(keys + values) for keys, values in CANDIDATES]
-        return tuple(pareto_front(bits, row.tolist()) for row in self.errors)
+        fronts = (pareto_front(bits, row.tolist()) for row in self.errors)
+        fits = self.errors.isfinite().tolist()
+        return tuple(
+            tuple(pair for pair in front if own[pair])
+            for front, own in zip(fronts, fits, strict=True)
+        )
 
 
 def attention_errors(
@@ -59,7 +66,8 @@ def attention_errors(
 
     Source: KVTuner (arXiv 2502.04420), section 4: errors without accumulation.
     """
-    meter = _Meter(program, graph)
+    device = None if context.device == "cpu" else torch.device(context.device)
+    meter = _Meter(program, graph, Place(torch.float32, device))
     observe_graph(program, graph, windows, meter.observe, context, "rounding keys and values")
     return AttentionErrors(meter.blocks, meter.errors(), windows.numel(), fingerprint(program))
 
@@ -84,8 +92,17 @@ class _Region:
         read = {source for call in self.calls for source in call.all_input_nodes}
         return read.difference(self.calls) | {self.key.join, self.value.join, self.end}
 
-    def output(self, known: Callable[[fx.Node], Any], keys: Tensor, values: Tensor) -> Tensor:
-        """Return what the linear reads for other keys and values."""
+    def fits(self, pair: tuple[int, int]) -> bool:
+        """Tell whether codes of a pair of widths fill whole bytes."""
+        return all(
+            packs(int(entry.newest.meta["val"].shape[-1]), bits)
+            for entry, bits in zip((self.key, self.value), pair, strict=True)
+        )
+
+    def output(
+        self, known: Callable[[fx.Node], Any], keys: Tensor, values: Tensor, place: Place
+    ) -> Tensor:
+        """Return what the linear reads for other keys and values, computed in a place."""
         made: dict[fx.Node, Any] = {self.key.join: keys, self.value.join: values}
 
         def value_of(node: fx.Node) -> Any:
@@ -94,6 +111,7 @@ class _Region:
         for call in self.calls:
             args = fx.node.map_arg(call.args, value_of)
             kwargs = fx.node.map_arg(call.kwargs, value_of)
+            args, kwargs = fx.node.map_aggregate((args, kwargs), place.constant)
             assert callable(call.target)
             made[call] = call.target(*args, **kwargs)
         result: Tensor = made[self.end]
@@ -103,7 +121,8 @@ class _Region:
 class _Meter:
     """Sums squared errors while a graph runs."""
 
-    def __init__(self, program: Program, graph: str) -> None:
+    def __init__(self, program: Program, graph: str, place: Place) -> None:
+        self.place = place
         pairs = Entries.of(program, graph).pairs()
         self.blocks = tuple(pairs)
         regions = [_region(*pair) for pair in pairs.values()]
@@ -112,7 +131,10 @@ class _Meter:
         for region in regions:
             self.last |= dict.fromkeys(region.operands, region.end)
         self.held: dict[fx.Node, Any] = {}
-        self.squares = torch.zeros(len(regions), len(CANDIDATES), dtype=torch.float64)
+        sums = [
+            [0.0 if region.fits(pair) else torch.inf for pair in CANDIDATES] for region in regions
+        ]
+        self.squares = torch.tensor(sums, dtype=torch.float64).view(-1, len(CANDIDATES))
         self.whole = torch.zeros(len(regions), dtype=torch.float64)
 
     def observe(self, node: fx.Node, value: Any) -> None:
@@ -131,15 +153,13 @@ class _Meter:
         keys, values, expected = (
             self.held[node] for node in (region.key.join, region.value.join, region.end)
         )
-        parts = {
-            (part, bits): rounded(x, bits)
-            for part, x in (("key", keys), ("value", values))
-            for bits in {bits for pair in CANDIDATES for bits in pair}
-        }
+        fitting = [(column, pair) for column, pair in enumerate(CANDIDATES) if region.fits(pair)]
+        key_codes = {bits: rounded(keys, bits) for bits in {pair[0] for _, pair in fitting}}
+        value_codes = {bits: rounded(values, bits) for bits in {pair[1] for _, pair in fitting}}
         self.whole[row] += expected.double().square().sum().cpu()
-        for column, (key_bits, value_bits) in enumerate(CANDIDATES):
-            given = parts["key", key_bits], parts["value", value_bits]
-            found = region.output(self.held.__getitem__, *given)
+        for column, (key_bits, value_bits) in fitting:
+            given = key_codes[key_bits], value_codes[value_bits]
+            found = region.output(self.held.__getitem__, *given, self.place)
             self.squares[row, column] += (found - expected).double().square().sum().cpu()
 
     def errors(self) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -20,8 +19,8 @@ from .rewrite import quantize_entry
 from .search import Found, Method, Point, search
 from .widths import Pair, read_table, write_table
 
-Width = Literal[2, 4, 8]
 _SEARCH = ("search", "trials", "groups", "tokens")
+_TOKENS, _GROUPS, _TRIALS = 2048, 16, 100  # where the search is not told
 _SLACK = 1e-6  # of a step: the rounding of the comparison
 
 
@@ -60,53 +59,65 @@ class QuantizeCache(Pass):
     a reconstruction.
 
     Attributes:
-        key_bits: width of keys; none: they stay as they are.
-        value_bits: width of values; none: they stay as they are.
+        key_bits: width of keys; none: they stay as they are; auto: 8, or what is searched.
+        value_bits: width of values; as for keys.
         blocks: widths of single blocks, keys/values, such as 0:8/8,1-5:4/2; blocks are numbered as
             the entries of the cache.
         target_bits: mean width to search a table for, 2 to 8, scales not counted; instead of the
             other three.
         search: sums, which is ours, or nsga2, which is KVTuner's and needs optuna
-            (pip install modelathe[search]).
-        trials: tables that nsga2 measures.
-        groups: of blocks that share their widths, at most.
-        tokens: of the calibration text that the search measures on.
+            (pip install modelathe[search]); none: sums.
+        trials: tables that nsga2 measures; none: 100.
+        groups: of blocks that share their widths, at most; none: 16.
+        tokens: of the calibration text that the search measures on; none: 2048.
     """
 
     name: ClassVar[str] = "quantize-cache"
     fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
     changes_signature: ClassVar[bool] = True
 
-    key_bits: Width | None = 8
-    value_bits: Width | None = 8
+    key_bits: Literal["auto", 2, 4, 8] | None = "auto"
+    value_bits: Literal["auto", 2, 4, 8] | None = "auto"
     blocks: tuple[str, ...] = ()
     target_bits: float | None = None
-    search: Method = "sums"
-    trials: int = 100
-    groups: int = 16
-    tokens: int = 2048
+    search: Method | None = None
+    trials: int | None = None
+    groups: int | None = None
+    tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("key_bits", "value_bits"):
-            if getattr(self, name) not in (None, 2, 4, 8):
-                raise ValueError(f"{name} is 2, 4, 8 or none, got {getattr(self, name)}")
-        read_table(self.blocks)
-        if self.trials < 1 or self.groups < 1 or self.tokens < 1:
+            if getattr(self, name) not in ("auto", None, 2, 4, 8):
+                raise ValueError(f"{name} is 2, 4, 8, none or auto, got {getattr(self, name)}")
+        counts = (self.trials, self.groups, self.tokens)
+        if any(count is not None and count < 1 for count in counts):
             raise ValueError("trials, groups and tokens are at least 1")
-        given = {field.name for field in dataclasses.fields(self) if self._is_given(field)}
         if self.target_bits is None:
-            if unused := sorted(given.intersection(_SEARCH)):
-                raise ValueError(f"{unused[0]} is for the search, which target-bits= starts")
+            self._check_widths()
             return
         if not 2 <= self.target_bits <= 8:
             raise ValueError(f"target_bits is 2 to 8, got {self.target_bits:g}")
-        if fixed := sorted(given & {"key_bits", "value_bits", "blocks"}):
+        if fixed := self._given("key_bits", "value_bits", "blocks"):
             raise ValueError(f"target-bits chooses the widths: leave {fixed[0]} out")
-        if "trials" in given and self.search != "nsga2":
+        if self.trials is not None and self.search != "nsga2":
             raise ValueError("trials is for search=nsga2")
 
-    def _is_given(self, field: dataclasses.Field[Any]) -> bool:
-        return bool(getattr(self, field.name) != field.default)
+    def _check_widths(self) -> None:
+        if unused := self._given(*_SEARCH):
+            raise ValueError(f"{unused[0]} is for the search, which target-bits= starts")
+        pairs = (self._uniform, *read_table(self.blocks).values())
+        if all(bits is None for pair in pairs for bits in pair):
+            raise ValueError("key_bits=none value_bits=none leaves everything as it is")
+
+    def _given(self, *names: str) -> list[str]:
+        """Return the options among ``names`` that are not left to the pass."""
+        return [name for name in names if getattr(self, name) != getattr(type(self), name)]
+
+    @property
+    def _uniform(self) -> Pair:
+        """The widths of blocks that are not named."""
+        keys, values = (8 if b == "auto" else b for b in (self.key_bits, self.value_bits))
+        return keys, values
 
     def requires(self, program: Program) -> None:
         """Check that there is a cache, with the blocks that are named.
@@ -138,10 +149,10 @@ class QuantizeCache(Pass):
                 program,
                 context,
                 graph,
-                tokens=self.tokens,
-                groups=self.groups,
-                method=self.search,
-                trials=self.trials,
+                tokens=self.tokens or _TOKENS,
+                groups=self.groups or _GROUPS,
+                method=self.search or "sums",
+                trials=self.trials or _TRIALS,
             )
         table, remarks = self._table(entries, graph, found)
         before = cache_bytes(program)
@@ -172,9 +183,7 @@ class QuantizeCache(Pass):
         self, entries: Entries, graph: str, found: Found | None
     ) -> tuple[dict[int, Pair], list[Remark]]:
         """Return the widths by block, and what to say about them."""
-        uniform: dict[int, Pair] = dict.fromkeys(
-            _numbers(entries), (self.key_bits, self.value_bits)
-        )
+        uniform = dict.fromkeys(_numbers(entries), self._uniform)
         if found is None:
             return uniform | read_table(self.blocks), []
         assert self.target_bits is not None

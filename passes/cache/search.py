@@ -55,7 +55,7 @@ class Found:
     Attributes:
         errors: attention-output errors of every block and pair.
         groups: blocks that share their widths.
-        uniform: every pair, the same in all blocks; in the order of ``CANDIDATES``.
+        uniform: every pair that fits all blocks, the same in all; in the order of ``CANDIDATES``.
         front: what nothing that was measured dominates, smallest first.
         measured: how many tables were measured.
         space: how many tables the groups leave to choose from.
@@ -79,7 +79,11 @@ class Found:
         rows = zip(self.errors.blocks, self.errors.errors.tolist(), strict=True)
         return {
             "attention_errors": {
-                str(block): dict(zip(names, (round(e, 6) for e in row), strict=True))
+                str(block): {
+                    name: round(error, 6)
+                    for name, error in zip(names, row, strict=True)
+                    if math.isfinite(error)
+                }
                 for block, row in rows
             },
             "groups": [list(group) for group in self.groups],
@@ -137,7 +141,8 @@ def search(
     simulation = Simulation(program, context, graph, windows)
     with context.progress.task("measuring widths", total=None) as advance:
         measured = _Measured(simulation, plan, advance)
-        uniform = tuple(map(measured.uniform, range(len(CANDIDATES))))
+        everywhere = errors.errors.isfinite().all(0).nonzero().view(-1).tolist()
+        uniform = tuple(map(measured.uniform, everywhere))
         if optuna is not None:
             _breed(measured, plan, optuna, trials, context.seed)
         else:

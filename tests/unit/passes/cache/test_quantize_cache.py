@@ -182,7 +182,7 @@ def test_it_trains_behind_the_rounding() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("quantize-cache{key-bits=3}", r"takes 2\|4\|8\|none"),
+        ("quantize-cache{key-bits=3}", r"takes auto\|2\|4\|8\|none"),
         ("quantize-cache{blocks=0:3/4}", "2, 4, 8 or none"),
         ("quantize-cache{blocks=0}", "rows such as"),
         ("quantize-cache{blocks=3-1:4/4}", "ends before it begins"),
@@ -190,7 +190,12 @@ def test_it_trains_behind_the_rounding() -> None:
         ("quantize-cache{trials=4}", "target-bits= starts"),
         ("quantize-cache{target-bits=1}", "2 to 8"),
         ("quantize-cache{target-bits=4 key-bits=4}", "leave key_bits out"),
+        ("quantize-cache{target-bits=4 key-bits=8}", "leave key_bits out"),
+        ("quantize-cache{target-bits=4 key-bits=none}", "leave key_bits out"),
         ("quantize-cache{target-bits=4 trials=4}", "search=nsga2"),
+        ("quantize-cache{target-bits=4 trials=100}", "search=nsga2"),
+        ("quantize-cache{search=sums}", "target-bits= starts"),
+        ("quantize-cache{key-bits=none value-bits=none}", "leaves everything"),
         ("quantize-cache{target-bits=4 groups=0}", "at least 1"),
     ],
 )

@@ -13,6 +13,7 @@ from modelathe.ir.cache import dequantize_cache, quantize_cache
 from modelathe.passes import Pipeline, QuantizeCache
 from modelathe.passes.cache import search as search_module
 from modelathe.passes.cache.attention_errors import attention_errors
+from modelathe.passes.cache.entries import Entries
 from modelathe.passes.cache.pareto import pareto_front
 from modelathe.passes.cache.search import Found, Method, search
 from modelathe.passes.cache.simulation import Simulation
@@ -137,3 +138,29 @@ def test_attention_without_a_linear_behind_it_cannot_be_searched() -> None:
     with pytest.raises(PassError, match="output is not clear") as error:
         attention_errors(program, context(), "main", windows())
     assert "blocks=" in (error.value.remedy or "")
+
+
+def test_calls_that_name_a_dtype_are_measured_in_float32_as_all_others_are() -> None:
+    program = canonical("llama").editable()
+    for node in [node for node in program.graph.nodes if Attention.match(node)]:
+        with program.graph.inserting_after(node):
+            cast = program.graph.call_function(
+                torch.ops.aten._to_copy.default, (node,), {"dtype": torch.bfloat16}
+            )
+        cast.meta.update(node.meta)
+        node.replace_all_uses_with(cast, lambda user, cast=cast: user is not cast)
+    plain, named = (
+        attention_errors(one, context(), "main", windows()).errors
+        for one in (canonical("llama"), program)
+    )
+    assert torch.equal(plain, named)
+
+
+def test_pairs_of_which_codes_fill_no_whole_bytes_are_no_candidates() -> None:
+    program = canonical("llama").editable()
+    for entry in Entries.of(program, "main").found:
+        if entry.part == "key":  # only the shape is looked at
+            entry.newest.meta["val"] = entry.newest.meta["val"][..., :6]
+    errors = attention_errors(program, context(), "main", windows())
+    kept = {CANDIDATES[index][0] for own in errors.candidates() for index in own}
+    assert kept == {4, 8}
