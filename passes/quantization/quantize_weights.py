@@ -182,7 +182,7 @@ class QuantizeWeights(Pass):
                 continue
             plan[shared.name] = self._type_of(program, shared, bits)
             wanted.append(shared)
-        remarks += self._missed_calls(program)
+        remarks += self._missed_calls(program) + self._unused(wanted)
         recipe, why = self._recipe(program, context)
         if wanted:
             remarks.append(Remark("applied", "method", f"{recipe}: {why}"))
@@ -228,6 +228,21 @@ class QuantizeWeights(Pass):
             if chosen((path_of(node),), self.only, self.ignore):
                 reason = f"its weight is made by {call_name(maker)}"
                 missed.append(Remark("missed", f"%{node.name}", reason))
+        return missed
+
+    def _unused(self, wanted: list[Shared]) -> list[Remark]:
+        """Return remarks on widths that no weight takes."""
+        missed: list[Remark] = []
+        headed = [s for s in wanted if s.head or (s.embedding and s.linear)]
+        if isinstance(self.head_bits, int) and not headed:
+            reason = "no weight to round is a head's, or an embedding's and a linear's"
+            missed.append(Remark("missed", f"head-bits={self.head_bits}", reason))
+        own = [s for s in wanted if s.embedding and s not in headed]
+        if self.embedding_bits is not None and not own:
+            reason = "no weight to round is an embedding's alone"
+            if tied := next((s for s in headed if s.embedding), None):
+                reason = f"@{tied.name} is a linear's too, which head-bits rules"
+            missed.append(Remark("missed", f"embedding-bits={self.embedding_bits}", reason))
         return missed
 
     def _bits_of(self, shared: Shared, remarks: list[Remark]) -> int | None:
