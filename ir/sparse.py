@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, fx
 
+from .activations import RoundedActivations
 from .calls import Linear, QuantizedLinear, argument
 from .quant import row_tiles, wider
 
@@ -137,6 +138,7 @@ class OutlierSum:
 
     Structured: ``quantized_linear(x, ...) + linear(index_select(x, -1, columns), values)``;
     unstructured: ``quantized_linear(x, ...) + sparse_linear(x, values, columns, counts)``.
+    The quantised linear alone may read x rounded (``round_activations``).
 
     Attributes:
         node: the sum.
@@ -178,7 +180,13 @@ class OutlierSum:
         else:
             return None
         stored = all(part.op == "get_attr" for part in found.parts)
-        return found if stored and source is product.input else None
+        return found if stored and source in (product.input, _unrounded(product.input)) else None
+
+
+def _unrounded(node: fx.Node) -> fx.Node:
+    """Return what is rounded, where a call rounds activations."""
+    view = RoundedActivations.match(node)
+    return node if view is None else view.input
 
 
 def _is_gather(node: fx.Node) -> bool:

@@ -22,6 +22,7 @@ from ...ir.activations import (
     largest_code,
     rounded_activations,
 )
+from ...ir.sparse import is_beside
 from ..base import Fidelity, Pass, PassResult, Remark
 from ..compare import check_same_values
 from ..context import PassContext
@@ -46,7 +47,7 @@ class QuantizeActivations(Pass):
       lies outside is clipped.
 
     x' W'^T is then a sum of products of integers and one multiplication.  Linears that read the
-    same value share its codes.
+    same value share its codes.  Products with outliers beside codes read x as it is.
 
     It stands behind ``quantize-weights{bits=8 group-size=-1}``: one scale for each row of a weight
     comes out of the sum, one for each group does not.  Refuses (``missed``) linears whose weight is
@@ -203,9 +204,9 @@ def _check_rounded(
 
 
 def _linears(graph: fx.Graph) -> list[fx.Node]:
-    """Return the linears, quantised or not, in order."""
+    """Return the linears, quantised or not, in order; none that outliers are multiplied by."""
     kinds = (torch.ops.aten.linear.default, torch.ops.modelathe.quantized_linear.default)
-    return [node for node in graph.nodes if node.target in kinds]
+    return [node for node in graph.nodes if node.target in kinds and not is_beside(node)]
 
 
 def _quantized(graph: fx.Graph) -> bool:

@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 import torch
 
+from modelathe.backends.sizes import program_sizes
 from modelathe.ir import Linear, PassError, Program, QuantizedLinear, TensorWeight, path_of
 from modelathe.ir.activations import RoundedActivations, rounded_activations
+from modelathe.ir.sparse import outlier_sums
 from modelathe.passes import (
     Canonicalize,
     FoldNorms,
@@ -196,3 +198,24 @@ def test_outputs_stay_close() -> None:
 def test_canonicalising_again_leaves_it_alone() -> None:
     program = rounded(quantized("bert")).program
     assert not Canonicalize()(program).modified
+
+
+@pytest.mark.parametrize("kind", ["structured", "unstructured"])
+def test_outliers_stay_outliers_and_read_what_is_not_rounded(kind: Any) -> None:
+    before = quantized(
+        "llama",
+        method="quantease",
+        iterations=2,
+        outliers=0.1,
+        outlier_kind=kind,
+        only=("layers.0",),
+    )
+    result = rounded(before, only=("layers.0",))
+    assert not missed(result)
+    sums, after = (outlier_sums(program.graph) for program in (before, result.program))
+    assert len(sums) == len(after) == 7
+    assert all(RoundedActivations.match(one.product.input) for one in after)
+    assert [one.beside.name for one in after] == [one.beside.name for one in sums]
+    assert program_sizes(result.program) == program_sizes(before)
+    again = QuantizeWeights(bits=8, group_size=-1, method="rtn", head_bits=None)
+    assert len(outlier_sums(again(result.program, context()).program.graph)) == 7
