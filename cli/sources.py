@@ -62,9 +62,14 @@ def open_artifact_folder(word: str, screen: Screen, *, threads: int = 0) -> Sess
 
 
 def _may_be_model(word: str) -> bool:
-    """Tell whether capture should be tried: anything but a folder without a configuration."""
+    """Tell whether capture should be tried: anything but a folder without a configuration.
+
+    ``demo`` is the embedded model, as it is for ``capture``, whatever folder has that name.
+    """
+    from ..ir.capture import DEMO
+
     path = Path(word)
-    return not path.is_dir() or (path / "config.json").exists()
+    return word == DEMO or not path.is_dir() or (path / "config.json").exists()
 
 
 def is_model_folder(path: Path) -> bool:
