@@ -1,11 +1,33 @@
-"""Names for the symbolic sizes of a user's own exported program."""
+"""Names for the outputs and the symbolic sizes of a user's own exported program."""
 
 from __future__ import annotations
 
 import torch
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 
 from .errors import CaptureError
+
+
+def output_names(exported: torch.export.ExportedProgram) -> tuple[str, ...]:
+    """Return ``output`` for a single tensor, else ``output_0`` and so on; None has no name.
+
+    Raises:
+        CaptureError: an output is neither a tensor nor None, or none is a tensor.
+    """
+    specs = exported.graph_signature.output_specs
+    values = [spec.arg for spec in specs if spec.kind is OutputKind.USER_OUTPUT]
+    kept = []
+    for place, value in enumerate(values):
+        if isinstance(value, TensorArgument):
+            kept.append(place)
+        elif not (isinstance(value, ConstantArgument) and value.value is None):
+            raise CaptureError(
+                f"output {place} is no tensor ({type(value).__name__})",
+                remedy="return tensors only; what is constant needs no graph",
+            )
+    if not kept:
+        raise CaptureError("the module returns no tensor", remedy="return at least one")
+    return tuple(f"output_{place}" for place in kept) if len(kept) > 1 else ("output",)
 
 
 def input_dims(

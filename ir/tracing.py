@@ -162,15 +162,11 @@ def trace_plain(
 
 def program_of(exported: ExportedProgram, name: str, model: nn.Module | None = None) -> Program:
     """Build a program of kind ``module``; sizes keep the names that the user gave them."""
-    from .symbols import input_dims
+    from .symbols import input_dims, output_names
 
     dims, dtypes = input_dims(exported)
-    outputs = tuple(
-        f"output_{i}" if len(exported.graph_signature.user_outputs) > 1 else "output"
-        for i in range(len(exported.graph_signature.user_outputs))
-    )
     program = Program({}, {}, Weights(), {}, Origin(name, "module"))
-    signature = Signature(tuple(dims), outputs, dims)
+    signature = Signature(tuple(dims), output_names(exported), dims)
     tied = tied_tensors(exported.state_dict) if model is None else tied_names(model)
     _add_graph(program, MAIN, exported, signature, dtypes, Sizes(), {}, tied)
     _note_aliases(program, tied)
@@ -212,7 +208,7 @@ def _add_graph(
             continue
         if node.op == "output":
             flat, _ = torch.utils._pytree.tree_flatten(node.args[0])
-            graph.output(tuple(values[result] for result in flat))
+            graph.output(tuple(values[result] for result in flat if result is not None))
             continue
         copy = graph.node_copy(node, values.__getitem__)
         copy.meta = {"custom": {"modelathe": {"stack": _stack(node, prefix)}}}
