@@ -25,7 +25,7 @@ def bench(
     memory: bool = True,
     progress: Progress = _SILENT,
 ) -> dict[str, Any]:
-    """Time an artifact, batch 1, and return its figures by name.
+    """Time an artifact, batch 1 or at a user's own sizes, and return its figures by name.
 
     After one round to warm up, ``repeats`` rounds; with ``against`` the two take turns, so that a
     busy machine slows both.
@@ -40,10 +40,10 @@ def bench(
     Returns:
         medians of ``prefill`` and ``decode`` (tokens per second; decoders), or ``latency``
         (seconds); ``bytes`` of the model's files; ``peak_memory``, the bytes that opening and
-        running it adds to a process (None where that is not known); ``settings`` of the runtime;
-        ``against``, the same of the other artifact; and ``ratio``, this one's figures divided by
-        the other's: for times the median of the rounds' ratios.  The last two are None without
-        ``against``.
+        running it adds to a process (None where that is not known); ``sizes`` that a user's own
+        module was given; ``settings`` of the runtime; ``against``, the same of the other artifact;
+        and ``ratio``, this one's figures divided by the other's: for times the median of the
+        rounds' ratios.  The last two are None without ``against``.
     """
     both = [session] if against is None else [session, against]
     rounds: list[list[dict[str, float]]] = []
@@ -94,5 +94,6 @@ def _figures(
         **medians,
         "bytes": model_bytes(session.manifest),
         "peak_memory": memory,
+        "sizes": {k: v for spec in session.graphs.values() for k, v in spec.sizes.items()},
         "settings": session.settings,
     }

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..ir import DataError, LoweringError, Program
+from ..ir import DataError, LoweringError, ModelatheError, Program
+from ..ir.infer import size_hints
 from ..passes import PassContext
 from ..passes.context import maximum_length
 from ..passes.fidelity import Measured, Reference, relative_error
-from ..passes.probes import Inputs, empty_cache, feeds, next_cache, probe
+from ..passes.probes import Inputs, empty_cache, feeds, next_cache, probe, size_variations
 from ..passes.progress import Progress
 from .coded_cache import Oracle
 from .session import Array, Session
@@ -23,6 +24,7 @@ from .session import Array, Session
 # its every intermediate rounding counts too.
 TOLERANCE = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 2e-1, "float64": 1e-4}
 _STEPS = 16
+_TRIED = ((3, 4, 7), (1, 1, 4), (2, 6, 0), (1, 1, 0), (1, 7, 0))  # (batch, sequence, past)
 
 
 def compute_dtype(program: Program) -> str:
@@ -57,7 +59,7 @@ def check_lowering(
     shapes, oracle = list(_shapes(program)), Oracle(program)
     with progress.task("checking the artifact", total=len(shapes) + 1) as advance:
         for graph, title, inputs, keep in shapes:
-            made = session.run(_arrays(session, graph, inputs), graph)
+            made = _run(session, graph, inputs, title)
             expected, found = oracle.run(inputs, graph, made, session.codes)
             for name, value in expected.items():
                 error = _error(value, found, name, keep)
@@ -75,26 +77,50 @@ def check_lowering(
     return {"error": worst, "tolerance": limit, "shapes": titles, "decoded_tokens": steps}
 
 
+def _run(session: Session, graph: str, inputs: Inputs, title: str) -> dict[str, Array]:
+    try:
+        return session.run(_arrays(session, graph, inputs), graph)
+    except ModelatheError:
+        raise
+    except Exception as error:  # a runtime's own
+        first = str(error).strip().partition("\n")[0]
+        raise LoweringError(
+            f"{graph}: the artifact fails at {title}: {first}",
+            remedy="this is a defect of the lowering: report it with the model's type",
+        ) from error
+
+
 Shape = tuple[str, str, Inputs, Tensor | None]
 
 
 def _shapes(program: Program) -> Iterator[Shape]:
     """Yield graph, title, inputs, and for padded inputs the mask of what to compare."""
-    longest = maximum_length(program) or 64
     for graph, signature in program.signatures.items():
-        names = {str(dim) for dims in signature.dims.values() for dim in dims}
-        cached = any("past" in name for name in names)
-        tried = [(3, 4, 7), (1, 1, 4), (2, 6, 0), (1, 1, 0), (1, 7, 0)]
-        for number, (batch, sequence, past) in enumerate(tried):
-            if past and not cached:
-                batch, past = batch + 1, 0
-            past = min(past, max(longest - sequence, 0))
-            sizes = {"batch": batch, "sequence": sequence, "past": past, "source": 3 + number}
+        for number, sizes in enumerate(_tried(program, graph)):
             inputs = probe(program, graph, number, **sizes)
-            yield graph, f"(batch, sequence, past) = {batch, sequence, past}", inputs, None
+            fed = ", ".join(f"{name} = {size}" for name, size in sizes.items())
+            yield graph, fed or "its only sizes", inputs, None
         if program.kind in ("decoder", "encoder") and "attention_mask" in signature.inputs:
             inputs, keep = padded_probe(program, graph)
             yield graph, "a left-padded batch", inputs, keep
+
+
+def _tried(program: Program, graph: str) -> Iterator[dict[str, int]]:
+    """Yield values of the sizes that the inputs of a graph have, each only once."""
+    if program.kind == "module":
+        yield from size_variations(program, graph)
+        return
+    longest = maximum_length(program) or 64
+    names = size_hints(program.graphs[graph], program.signatures[graph])
+    seen: list[dict[str, int]] = []
+    for number, (batch, sequence, past) in enumerate(_TRIED):
+        if past and "past" not in names:
+            batch, past = batch + 1, 0
+        past = min(past, max(longest - sequence, 0))
+        sizes = {"batch": batch, "sequence": sequence, "past": past, "source": 3 + number}
+        if (fed := {name: sizes[name] for name in sizes if name in names}) not in seen:
+            seen.append(fed)
+            yield fed
 
 
 def padded_probe(program: Program, graph: str) -> tuple[Inputs, Tensor]:

@@ -103,7 +103,7 @@ def _reading_given_codes(program: Program, widths: dict[str, int]) -> Program | 
             outputs[f"{_NEWEST}{names[read.codes]}"] = read.newest
             widths[names[read.codes]] = read.bits
         graph.output_node().args = (tuple(outputs.values()),)
-        made.signatures[name] = Signature(tuple(inputs), tuple(outputs), dims)
+        made.signatures[name] = Signature(tuple(inputs), tuple(outputs), dims, signature.limits)
     made.clean()
     return made
 

@@ -164,11 +164,16 @@ def _names(folder: Path) -> Iterator[str]:
 
 
 def program_signatures(program: Program) -> dict[str, Any]:
-    """Return what the manifest says of each graph: name, dtype and sizes of inputs and outputs."""
+    """Return what the manifest says of each graph: name, dtype and sizes of inputs and outputs.
+
+    ``sizes`` are those that a user's own module was captured with.
+    """
     return {name: _graph_entries(program, name) for name in program.graphs}
 
 
 def _graph_entries(program: Program, name: str) -> dict[str, Any]:
+    from ..ir.infer import size_hints
+
     signature, graph = program.signatures[name], program.graphs[name]
     placeholders = {str(node.target): node for node in graph.find_nodes(op="placeholder")}
     names: dict[str, str] = {}
@@ -186,7 +191,8 @@ def _graph_entries(program: Program, name: str) -> dict[str, Any]:
         _entry(key, value, [_named(size, names) for size in value.shape])
         for key, value in zip(signature.outputs, values, strict=True)
     ]
-    return {"inputs": inputs, "outputs": outputs}
+    sizes = size_hints(graph, signature) if program.kind == "module" else {}
+    return {"inputs": inputs, "outputs": outputs, **({"sizes": sizes} if sizes else {})}
 
 
 def _entry(name: str, value: Any, dims: Iterable[int | str]) -> dict[str, Any]:

@@ -48,15 +48,20 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class GraphSpec:
-    """What one graph of an artifact takes and gives."""
+    """What one graph of an artifact takes and gives.
+
+    ``sizes`` are the symbolic sizes that a user's own module was captured with.
+    """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, signature: Mapping[str, Any]) -> GraphSpec:
         """Read a signature of the manifest."""
-        return cls(_specs(signature["inputs"]), _specs(signature["outputs"]))
+        sizes = signature.get("sizes", {})
+        return cls(_specs(signature["inputs"]), _specs(signature["outputs"]), sizes)
 
     def input(self, name: str) -> TensorSpec | None:
         """Return an input by name."""

@@ -33,14 +33,17 @@ class Sizes:
 
 
 def run_once(session: Session) -> dict[str, float]:
-    """Do one round of work with a batch of 1 and return the figures of the session's kind.
+    """Do one round of work and return the figures of the session's kind.
+
+    The batch is 1; a user's own module is given the sizes that it was captured with.
 
     Returns:
         ``prefill`` and ``decode`` in tokens per second, or ``latency`` in seconds.
     """
     if session.kind not in ("decoder", "encoder-decoder"):
         (graph,) = session.graphs
-        feeds = {spec.name: _feed(session, spec) for spec in session.graphs[graph].inputs}
+        known = session.graphs[graph].sizes
+        feeds = {spec.name: _feed(session, spec, known) for spec in session.graphs[graph].inputs}
         start = time.perf_counter()
         session.run(feeds, graph)
         return {"latency": time.perf_counter() - start}
@@ -49,7 +52,7 @@ def run_once(session: Session) -> dict[str, float]:
     cache, length = None, sizes.prompt
     tokens = _tokens(session, sizes.prompt)
     if session.kind == "encoder-decoder":
-        feeds = {spec.name: _feed(session, spec) for spec in session.graphs["encoder"].inputs}
+        feeds = {spec.name: _feed(session, spec, {}) for spec in session.graphs["encoder"].inputs}
         cache, length = session.encode(feeds), 1
         tokens = np.full((1, 1), SpecialTokens.of(session).decoder_start or 0, dtype=np.int64)
     logits, cache = session.decode(tokens, np.ones((1, length), dtype=np.int64), cache)
@@ -71,9 +74,14 @@ def _tokens(session: Session, length: int) -> Array:
     return (np.arange(length, dtype=np.int64) * 7 % max(1, vocabulary))[None]
 
 
-def _feed(session: Session, spec: TensorSpec) -> Array:
-    """Return a batch of 1 for an input: ids, ones for a mask, noise for anything else."""
-    shape = tuple(_extent(session, dim, axis) for axis, dim in enumerate(spec.shape))
+def _feed(session: Session, spec: TensorSpec, known: Mapping[str, int]) -> Array:
+    """Return a value for an input: ids, ones for a mask, noise for anything else.
+
+    Its sizes are those that are known, else a batch of 1.
+    """
+    shape = spec.known_sizes(known) or tuple(
+        _extent(session, dim, axis) for axis, dim in enumerate(spec.shape)
+    )
     if spec.name == "input_ids":
         return _tokens(session, shape[-1])
     if spec.name.endswith("mask"):

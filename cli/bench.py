@@ -50,7 +50,8 @@ def show(screen: Screen, figures: dict[str, Any], names: list[str]) -> None:
     settings = figures["settings"]
     threads = settings.get("threads") or "all"
     screen.table(columns, table, right=columns[1:])
-    screen.say(f"  {settings['runtime']}, threads: {threads}, batch 1, medians of 5 rounds")
+    sizes = ", ".join(f"{name} = {size}" for name, size in figures["sizes"].items()) or "batch 1"
+    screen.say(f"  {settings['runtime']}, threads: {threads}, {sizes}, medians of 5 rounds")
 
 
 def _title(key: str, unit: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 Dims = tuple[int | str, ...]
+Limits = tuple[int, int | None]  # the smallest and the largest value of a size; None: no largest
 
 
 def evaluate(dim: int | str, value_of: Callable[[str], Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,8 +18,8 @@ from .errors import VerifyError
 from .program import Signature
 from .weights import Weight, Weights
 
-# Hints of the named sizes: different primes, so that no two sizes look equal by accident; small
-# ones, so that they are within a model's positions.
+# Hints of sizes that no example tells: different primes, so that no two sizes look equal by
+# accident; small ones, so that they are within a model's positions.
 _HINTS = (3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
 
 
@@ -79,12 +80,24 @@ class Sizes:
 
 def size_hints(graph: fx.Graph, signature: Signature) -> dict[str, int]:
     """Return the values that the named sizes of a graph's inputs were given as hints."""
+    found = [
+        (text, int(size.node.hint))
+        for node, name in zip(graph.find_nodes(op="placeholder"), signature.inputs, strict=True)
+        for size, text in zip(node.meta["val"].shape, signature.dims[name], strict=True)
+        if isinstance(text, str) and isinstance(size, torch.SymInt)
+    ]
     hints: dict[str, int] = {}
-    for node, name in zip(graph.find_nodes(op="placeholder"), signature.inputs, strict=True):
-        for size, text in zip(node.meta["val"].shape, signature.dims[name], strict=True):
-            if isinstance(text, str) and text.isidentifier() and isinstance(size, torch.SymInt):
-                hints[text] = int(size.node.hint)
+    for text, value in sorted(found, key=lambda each: not each[0].isidentifier()):
+        learn(text, value, hints)
     return hints
+
+
+def learn(text: str, value: int, known: dict[str, int]) -> None:
+    """Note the value of the one name in a size that is not known yet, if there is just one."""
+    names = {name for name in re.findall(r"[A-Za-z_]\w*", text) if name not in known}
+    if len(names) == 1:
+        at_0, at_1 = (evaluate(text, lambda name, n=n: known.get(name, n)) for n in (0, 1))
+        known[names.pop()] = (value - at_0) // (at_1 - at_0)
 
 
 def infer_graph(

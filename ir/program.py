@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, fx
 
+from .dims import Limits
 from .errors import CaptureError
 from .weights import TensorWeight, Weight, Weights
 
@@ -31,12 +32,13 @@ class Signature:
         outputs: such as ``logits`` or ``present.0.key``.
         dims: sizes of each input; a symbolic size is a name or a sum of names such as
             ``past + sequence``.
-        output_dims: the same for each output, as far as it is known by name.
+        limits: the smallest and the largest value of sizes by name, where they were declared.
     """
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     dims: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
+    limits: Mapping[str, Limits] = field(default_factory=dict)
 
     def without(self, inputs: set[str], outputs: set[str]) -> Signature:
         """Return the signature with those names left out."""
@@ -44,6 +46,7 @@ class Signature:
             tuple(name for name in self.inputs if name not in inputs),
             tuple(name for name in self.outputs if name not in outputs),
             {name: dims for name, dims in self.dims.items() if name not in inputs},
+            self.limits,
         )
 
     def renamed(self, names: Mapping[str, str]) -> Signature:
@@ -52,6 +55,7 @@ class Signature:
             tuple(names.get(name, name) for name in self.inputs),
             tuple(names.get(name, name) for name in self.outputs),
             {names.get(name, name): dims for name, dims in self.dims.items()},
+            self.limits,
         )
 
 

@@ -153,7 +153,8 @@ def _decode_program(
     sizes = Sizes({k: v for content in contents.values() for k, v in content["hints"].items()})
     for name, content in contents.items():
         dims = {n: tuple(d) for n, d in content["dims"].items()}
-        signature = Signature(tuple(content["inputs"]), tuple(content["outputs"]), dims)
+        limits = {n: (low, high) for n, (low, high) in content.get("limits", {}).items()}
+        signature = Signature(tuple(content["inputs"]), tuple(content["outputs"]), dims, limits)
         graph = _decode_graph(content["nodes"])
         dtypes = {n: getattr(torch, d) for n, d in content["dtypes"].items()}
         with watch.stage(1 / len(contents), len(graph.nodes)) as step:
@@ -205,6 +206,7 @@ def _encode_graph(program: Program, name: str) -> dict[str, Any]:
         "outputs": signature.outputs,
         "dims": signature.dims,
         "hints": size_hints(graph, signature),
+        "limits": signature.limits,
         "dtypes": dtypes,
         "nodes": [_encode_node(node) for node in graph.nodes],
     }

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 
+from .dims import Dims, Limits
 from .errors import CaptureError
+from .infer import learn
+
+_ENDLESS = 2**62
 
 
 def output_names(exported: torch.export.ExportedProgram) -> tuple[str, ...]:
@@ -30,10 +36,40 @@ def output_names(exported: torch.export.ExportedProgram) -> tuple[str, ...]:
     return tuple(f"output_{place}" for place in kept) if len(kept) > 1 else ("output",)
 
 
-def input_dims(
-    exported: torch.export.ExportedProgram,
-) -> tuple[dict[str, tuple[int | str, ...]], dict[str, torch.dtype]]:
-    """Return sizes and dtype of every input; symbols are called ``d0``, ``d1`` ... in order.
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Sizes and dtypes of a program's inputs, and what is known of each symbolic size.
+
+    Symbols are called ``d0``, ``d1`` ... in order.
+
+    Attributes:
+        dims: the sizes of every input.
+        dtypes: the dtype of every input.
+        examples: values of the symbols in the inputs that the program was exported with.
+        limits: the smallest and largest value of symbols.
+    """
+
+    dims: dict[str, Dims]
+    dtypes: dict[str, torch.dtype]
+    examples: dict[str, int]
+    limits: dict[str, Limits]
+
+    def told_apart(self) -> dict[str, int]:
+        """Return the examples with multiples for equal ones, so that no two look equal by accident.
+
+        A multiple is as large as the example at least, and divides by whatever it does.
+        """
+        made: dict[str, int] = {}
+        for name, size in self.examples.items():
+            _, high = self.limits.get(name, (0, None))
+            free = (size * k for k in range(1, len(made) + 2) if size * k not in made.values())
+            multiple = next(free)
+            made[name] = multiple if high is None or multiple <= high else size
+        return made
+
+
+def inputs_of(exported: torch.export.ExportedProgram) -> Inputs:
+    """Return what is known of every input.
 
     Raises:
         CaptureError: an input is no tensor, or a size is not a sum of symbols and numbers.
@@ -45,8 +81,7 @@ def input_dims(
     ]
     values = {n.name: n.meta.get("val") for n in exported.graph.find_nodes(op="placeholder")}
     symbols: dict[str, str] = {}
-    dims: dict[str, tuple[int | str, ...]] = {}
-    dtypes: dict[str, torch.dtype] = {}
+    found = Inputs({}, {}, {}, {})
     for name in names:
         value = values[name]
         if not isinstance(value, torch.Tensor):
@@ -54,9 +89,17 @@ def input_dims(
                 f"input {name} is a {type(value).__name__}, not a tensor",
                 remedy="make it a constant of the module",
             )
-        dims[name] = tuple(_dim(size, symbols, name) for size in value.shape)
-        dtypes[name] = value.dtype
-    return dims, dtypes
+        found.dims[name] = tuple(_dim(size, symbols, name) for size in value.shape)
+        found.dtypes[name] = value.dtype
+        for size, dim in zip(value.shape, found.dims[name], strict=True):
+            if isinstance(dim, str) and size.node.hint is not None:
+                learn(dim, int(size.node.hint), found.examples)
+    for symbol, bounds in exported.range_constraints.items():
+        if str(symbol) in symbols:
+            # torch writes the largest of its numbers where there is no largest
+            high = int(bounds.upper) if bounds.upper < _ENDLESS else None
+            found.limits[symbols[str(symbol)]] = int(bounds.lower), high
+    return found
 
 
 def _dim(size: int | torch.SymInt, symbols: dict[str, str], name: str) -> int | str:

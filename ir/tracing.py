@@ -162,15 +162,22 @@ def trace_plain(
 
 def program_of(exported: ExportedProgram, name: str, model: nn.Module | None = None) -> Program:
     """Build a program of kind ``module``; sizes keep the names that the user gave them."""
-    from .symbols import input_dims, output_names
+    from .symbols import inputs_of, output_names
 
-    dims, dtypes = input_dims(exported)
-    program = Program({}, {}, Weights(), {}, Origin(name, "module"))
-    signature = Signature(tuple(dims), output_names(exported), dims)
+    inputs, outputs = inputs_of(exported), output_names(exported)
+    signature = Signature(tuple(inputs.dims), outputs, inputs.dims, inputs.limits)
     tied = tied_tensors(exported.state_dict) if model is None else tied_names(model)
-    _add_graph(program, MAIN, exported, signature, dtypes, Sizes(), {}, tied)
-    _note_aliases(program, tied)
-    return program
+
+    def build(hints: dict[str, int]) -> Program:
+        program = Program({}, {}, Weights(), {}, Origin(name, "module"))
+        _add_graph(program, MAIN, exported, signature, inputs.dtypes, Sizes(hints), {}, tied)
+        _note_aliases(program, tied)
+        return program
+
+    try:
+        return build(inputs.told_apart())
+    except CaptureError:  # sizes may depend on each other, as a window's does on what it is cut of
+        return build(inputs.examples)
 
 
 def _note_aliases(program: Program, tied: Mapping[str, str]) -> None:
@@ -226,7 +233,14 @@ def _add_graph(
     parameters |= {tied[text] for text in parameters if text in tied}
     program.weights.buffers |= {name for name in program.weights if name not in parameters}
     program.clean()
-    infer_graph(graph, signature, program.weights, dtypes, sizes)
+    try:
+        infer_graph(graph, signature, program.weights, dtypes, sizes)
+    except Exception as error:  # shape rules raise nearly anything
+        first = str(error).strip().partition("\n")[0]
+        raise CaptureError(
+            f"{program.origin.model}: its shapes cannot be followed: {first}",
+            remedy="see the whole trace with --debug; fix the size that it depends on",
+        ) from error
     stamp(graph, signature, has_one_layer(program.config))
 
 

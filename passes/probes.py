@@ -10,7 +10,8 @@ from torch import Tensor, fx
 
 from ..ir import MAIN, Embedding, Program, QuantizedEmbedding, is_weight
 from ..ir.cache import entry_parts
-from ..ir.dims import evaluate
+from ..ir.dims import Limits, evaluate
+from ..ir.infer import size_hints
 from .context import maximum_length
 
 Inputs = dict[str, Tensor]
@@ -26,8 +27,8 @@ def dtype_of(program: Program, graph: str, name: str) -> torch.dtype:
 
 
 def sizes_of(dims: tuple[int | str, ...], sizes: Mapping[str, int]) -> list[int]:
-    """Return numbers for symbolic sizes; a name that ``sizes`` leaves out counts 4."""
-    return [evaluate(dim, lambda name: sizes.get(name, 4)) for dim in dims]
+    """Return numbers for symbolic sizes."""
+    return [evaluate(dim, sizes.__getitem__) for dim in dims]
 
 
 def probe(program: Program, graph: str, seed: int = 0, **sizes: int) -> Inputs:
@@ -40,8 +41,10 @@ def probe(program: Program, graph: str, seed: int = 0, **sizes: int) -> Inputs:
         program: whose signature to follow.
         graph: which graph.
         seed: of the generator.
-        **sizes: values of symbolic sizes, such as ``batch=2, sequence=5, past=0``.
+        **sizes: values of symbolic sizes, such as ``batch=2, sequence=5, past=0``; others are as
+            the program was captured with.
     """
+    sizes = {**size_hints(program.graphs[graph], program.signatures[graph]), **sizes}
     generator = torch.Generator().manual_seed(seed)
     scales = {entry_parts(name)[1] for name in program.signatures[graph].inputs}
     made: Inputs = {}
@@ -63,6 +66,43 @@ def probe(program: Program, graph: str, seed: int = 0, **sizes: int) -> Inputs:
             largest = _largest_index(program, node)
             made[name] = torch.randint(largest, shape, generator=generator, dtype=dtype)
     return made
+
+
+def size_variations(program: Program, graph: str) -> Iterator[dict[str, int]]:
+    """Yield values for the sizes of a user's own module: as it was captured with, and others.
+
+    The others are 1, in front and everywhere, twice as large, and a little larger, each by another
+    step.  Of those only what the declared limits allow and the program can compute: a size that it
+    reshapes by 8 must be a multiple of 8.
+    """
+    signature = program.signatures[graph]
+    sizes = size_hints(program.graphs[graph], signature)
+    yield sizes
+    seen = [sizes]
+    for other in (
+        {**sizes, **dict.fromkeys(list(sizes)[:1], 1)},
+        dict.fromkeys(sizes, 1),
+        {name: 2 * size for name, size in sizes.items()},
+        {name: size + step for step, (name, size) in enumerate(sizes.items(), start=1)},
+    ):
+        legal = all(_allows(signature.limits.get(name), size) for name, size in other.items())
+        if legal and other not in seen and _computes(program, graph, other):
+            seen.append(other)
+            yield other
+
+
+def _allows(limits: Limits | None, size: int) -> bool:
+    """Tell whether a size is within its limits; torch writes 2 for the smallest also if 1 works."""
+    low, high = limits or (0, None)
+    return (low <= size or low <= 2) and (high is None or size <= high)
+
+
+def _computes(program: Program, graph: str, sizes: Mapping[str, int]) -> bool:
+    try:
+        program.run(probe(program, graph, **sizes), graph)
+    except (RuntimeError, IndexError, ValueError):  # what kernels raise for sizes they do not take
+        return False
+    return True
 
 
 def _largest_index(program: Program, node: fx.Node) -> int:

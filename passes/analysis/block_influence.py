@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
 
-from ...ir import Block, PassError, Program, Signature, find_blocks, fingerprint
+from ...ir import Block, PassError, Program, find_blocks, fingerprint
 from ..context import PassContext
 from ..outputs import observe_graph
 
@@ -101,7 +101,7 @@ def _until_last_block(program: Program, name: str) -> tuple[Program, tuple[Block
     graph.output_node().args = (tuple(ends[-1:]),)
     signature = part.signatures[name]
     outputs = tuple("residual" for _ in ends[-1:])
-    part.signatures[name] = Signature(signature.inputs, outputs, signature.dims)
+    part.signatures[name] = replace(signature, outputs=outputs)
     part.clean()
     return part, find_blocks(graph)
 

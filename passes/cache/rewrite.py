@@ -79,6 +79,7 @@ def _signature(signature: Signature, entry: Entry, bits: int) -> Signature:
         _widened(signature.inputs, name),
         _widened(signature.outputs, name.replace(PAST, PRESENT, 1)),
         dims,
+        signature.limits,
     )
 
 

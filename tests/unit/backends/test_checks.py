@@ -1,0 +1,42 @@
+"""The check of an artifact: which sizes it feeds, and what it makes of a runtime that fails."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from modelathe.backends.checks import check_lowering
+from modelathe.backends.program_session import ProgramSession
+from modelathe.ir import LoweringError
+from modelathe.passes.progress import SilentProgress
+from support.models import program
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("norm-mlp", ["d0 = 3", "d0 = 1", "d0 = 6", "d0 = 4"]),
+        ("vit", ["batch = 4", "batch = 2", "batch = 1"]),
+    ],
+)
+def test_the_sizes_that_were_fed_are_recorded_each_once(name: str, sizes: list[str]) -> None:
+    session = ProgramSession.of(program(name))
+    found = check_lowering(program(name), session, "float32", SilentProgress())
+    assert found["shapes"] == [f"main: {each}" for each in sizes]
+
+
+def test_a_runtime_that_fails_at_some_size_is_named_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    session = ProgramSession.of(program("norm-mlp"))
+    right = session._execute
+
+    def execute(graph: str, feeds: Any, sizes: Any) -> Any:
+        if next(iter(feeds.values())).shape[0] == 1:
+            raise RuntimeError("no kernel")
+        return right(graph, feeds, sizes)
+
+    monkeypatch.setattr(session, "_execute", execute)
+    with pytest.raises(LoweringError, match="fails at d0 = 1: no kernel"):
+        check_lowering(program("norm-mlp"), session, "float32", SilentProgress())
