@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
+import re
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -118,7 +121,7 @@ def _wider(dtype: torch.dtype, least: torch.dtype | None) -> torch.dtype | None:
 
 
 class Scratch:
-    """Where computed weights stay: in memory up to a limit, beyond it in mapped files.
+    """Where computed weights stay: in memory up to a limit, beyond it in mapped, nameless files.
 
     Attributes:
         limit: bytes to hold in memory.
@@ -144,11 +147,12 @@ class Scratch:
                 weakref.finalize(weight, self._release, value.nbytes)
                 return weight
             folder = self.folder or self._temporary_folder()
-        from safetensors.torch import save_file
-
         path = folder / f"{hashlib.sha256(fingerprint.encode()).hexdigest()[:32]}.safetensors"
-        save_file({"value": value}, path)
-        return FileWeight(SafetensorsFile(path), "value", fingerprint, finite=False)
+        _write(path, value)
+        weight = FileWeight(SafetensorsFile(path), "value", fingerprint, finite=False)
+        with contextlib.suppress(OSError):  # Windows deletes no mapped file, but the folder at exit
+            path.unlink()  # it stays while it is mapped, and a killed process leaves nothing
+        return weight
 
     def _release(self, count: int) -> None:
         self._held -= count
@@ -159,6 +163,21 @@ class Scratch:
         if self._temporary is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="modelathe-")
         return Path(self._temporary.name)
+
+
+def _write(path: Path, value: Tensor) -> None:
+    """Write one tensor; an error of the disk is an ``OSError`` that names the folder."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file({"value": value}, path)
+    except SafetensorError as error:
+        path.unlink(missing_ok=True)
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path.parent)) from error
 
 
 SCRATCH = Scratch()

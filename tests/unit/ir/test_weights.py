@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -204,7 +207,8 @@ def test_beyond_its_limit_scratch_goes_to_mapped_files(tmp_path: Path) -> None:
     small, large = scratch.keep("a", seeded(20)), scratch.keep("b", seeded(30))
     assert isinstance(small, TensorWeight)
     assert isinstance(large, FileWeight)
-    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
+    assert large.file.path.parent == tmp_path
+    assert not list(tmp_path.iterdir())  # mapped only, so that a killed process leaves nothing
     assert torch.equal(large.load(), seeded(30))
     assert (small.fingerprint, large.fingerprint) == ("a", "b")
 
@@ -225,6 +229,24 @@ def test_scratch_files_lie_in_a_folder_that_goes_away() -> None:
     del weight
     scratch._temporary.cleanup()
     assert not folder.exists()
+
+
+def test_a_full_disk_is_an_os_error_that_names_the_place(tmp_path: Path) -> None:
+    code = f"""
+import resource, signal, pathlib, torch
+from modelathe.ir.computed import Scratch
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+scratch = Scratch(limit=0)
+scratch.folder = pathlib.Path({str(tmp_path)!r})
+try:
+    scratch.keep("a", torch.zeros(1000))
+except OSError as error:
+    print(error.errno, error.filename)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(errno.EFBIG), str(tmp_path)]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_write_into_a_tensor_is_seen() -> None:
