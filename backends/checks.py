@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..ir import DataError, LoweringError, ModelatheError, Program
+from ..ir import DataError, FidelityError, LoweringError, ModelatheError, Program
 from ..ir.infer import size_hints
 from ..passes import PassContext
 from ..passes.context import maximum_length
@@ -207,7 +208,23 @@ def check_fidelity(
 
     Returns:
         the figures, and what they were measured on, as ``PassContext.used`` tells it.
+
+    Raises:
+        FidelityError: its outputs hold nan or inf.
     """
+    measured, used = _measure(program, session, context)
+    figures = [figure for figure in (measured.kl, measured.cosine) if figure is not None]
+    if not all(map(math.isfinite, figures)):
+        raise FidelityError(
+            "the artifact's outputs on the check data hold nan or inf, or the model's own do",
+            remedy="run the model on its own input: a weight is damaged, or a dtype too narrow",
+        )
+    return measured, used
+
+
+def _measure(
+    program: Program, session: Session, context: PassContext
+) -> tuple[Measured, dict[str, Any]]:
     reference = program.origin.checks
     if not isinstance(reference, Reference):
         captured = context.reference(program) if program.origin.passes else program

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -62,10 +63,10 @@ def write_manifest(folder: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Hash every file below ``folder``, write the manifest, and return it.
 
     Call it when all other files are complete.  ``format``, ``format_version`` and ``files`` are set
-    here; ``fields`` is the rest.
+    here; ``fields`` is the rest.  A figure that is nan or infinite is null.
     """
     head = {"format": FORMAT, "format_version": FORMAT_VERSION}
-    manifest = {**head, **fields, "files": file_table(folder)}
+    manifest = json_numbers({**head, **fields, "files": file_table(folder)})
     text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     partial = folder / f"{MANIFEST}.partial"
     with partial.open("w", encoding="utf-8") as stream:
@@ -73,7 +74,16 @@ def write_manifest(folder: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
         stream.flush()
         os.fsync(stream.fileno())
     partial.replace(folder / MANIFEST)
-    return manifest
+    return dict(manifest)
+
+
+def json_numbers(value: Any) -> Any:
+    """Return a value with None for every number that JSON has no word for: nan and infinity."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: json_numbers(each) for key, each in value.items()}
+    return [json_numbers(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def file_table(folder: Path) -> dict[str, dict[str, Any]]:

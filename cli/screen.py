@@ -35,8 +35,11 @@ class Screen:
         self.progress = BarProgress(self.err)
 
     def emit(self, value: Any) -> None:
-        """Print the command's result as JSON."""
-        json.dump(value, sys.stdout, indent=2, ensure_ascii=False, default=str)
+        """Print the command's result as JSON; a figure that is nan or infinite is null."""
+        from ..backends.manifest import json_numbers
+
+        plain = json_numbers(value)
+        json.dump(plain, sys.stdout, indent=2, ensure_ascii=False, allow_nan=False, default=str)
         sys.stdout.write("\n")
 
     def say(self, text: str, style: str | None = None) -> None:

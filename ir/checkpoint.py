@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from .computed import ComputedWeight
 from .errors import CaptureError, StorageError
-from .files import SafetensorsFile, not_finite
-from .weights import TensorWeight, Weight, is_finite
+from .files import SafetensorsFile
+from .weights import TensorWeight, Weight, is_finite, not_finite
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -247,7 +248,8 @@ def _pickled(folder: Path, allow_pickle: bool) -> dict[str, Weight]:
     stored: dict[str, Weight] = {}
     for path in files:
         try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            zipped = zipfile.is_zipfile(path)  # torch before 1.6 wrote no zip, which maps not
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         except Exception as error:  # whatever the pickle machine meets
             raise CaptureError(
                 f"{path}: is not a checkpoint of plain tensors ({_first_line(error)})",
@@ -267,5 +269,5 @@ def _plain_tensors(path: Path, tensors: Any) -> dict[str, Weight]:
     found = {name: t for name, t in tensors.items() if isinstance(t, Tensor)}
     for name, tensor in found.items():
         if not is_finite(tensor):
-            raise not_finite(path, name)
+            raise not_finite(f"{path}: {name}")
     return {name: TensorWeight(tensor) for name, tensor in found.items()}

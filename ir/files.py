@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import StorageError
-from .weights import Weight, is_finite
+from .weights import Weight, is_finite, not_finite
 
 ALIGNMENT = 64  # bytes: a cache line, and what torch gives tensors in memory
 
@@ -115,14 +115,6 @@ class FileWeight(Weight):
         """
         tensor = self.file.load(self.key)
         if self._unseen and not is_finite(tensor):
-            raise not_finite(self.file.path, self.key)
+            raise not_finite(f"{self.file.path}: {self.key}")
         self._unseen = False
         return tensor if dtype is None else tensor.to(dtype)
-
-
-def not_finite(path: Path, key: str) -> StorageError:
-    """Return the error of a tensor of a file that holds nan or inf."""
-    return StorageError(
-        f"{path}: {key} holds nan or inf",
-        remedy="the checkpoint is damaged, or its training diverged: use another one",
-    )

@@ -278,7 +278,8 @@ def _add_weight(
     if weight is None:
         if isinstance(tensor, FakeTensor):
             raise CaptureError(f"{name}: has no value in the model's files")
-        return program.add_weight(name, TensorWeight(tensor))
+        checked = f"{program.origin.model}: {name}" if isinstance(tensor, nn.Parameter) else ""
+        return program.add_weight(name, TensorWeight(tensor, finite=checked))
     if weight.dtype != tensor.dtype:
         weight = cast(weight, tensor.dtype)
     return program.add_weight(name, weight)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import StorageError
+
 
 class Weight(ABC):
     """One tensor of a program.
@@ -51,9 +53,17 @@ class Weight(ABC):
 
 
 class TensorWeight(Weight):
-    """A tensor in memory."""
+    """A tensor in memory.
 
-    def __init__(self, tensor: Tensor, fingerprint: str | None = None) -> None:
+    Args:
+        tensor: the value.
+        fingerprint: of the value, where it is known.
+        finite: what to call it in an error where nan or inf in it are one; a mask may hold -inf on
+            purpose.
+    """
+
+    def __init__(self, tensor: Tensor, fingerprint: str | None = None, finite: str = "") -> None:
+        self._unseen = finite
         self.tensor = tensor.detach()
         self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
         self._fingerprint = fingerprint
@@ -70,6 +80,14 @@ class TensorWeight(Weight):
         return _version(self.tensor) != self._version
 
     def load(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the tensor; the first read checks that it is finite where it must be.
+
+        Raises:
+            StorageError: it holds nan or inf.
+        """
+        if self._unseen and not is_finite(self.tensor):
+            raise not_finite(self._unseen)
+        self._unseen = ""
         return self.tensor if dtype is None else self.tensor.to(dtype)
 
 
@@ -151,6 +169,14 @@ def is_finite(tensor: Tensor) -> bool:
         return True
     low, high = tensor.aminmax()
     return bool(low.isfinite() and high.isfinite())
+
+
+def not_finite(name: str) -> StorageError:
+    """Return the error of a weight that holds nan or inf; ``name`` says of which model or file."""
+    return StorageError(
+        f"{name} holds nan or inf",
+        remedy="the checkpoint is damaged, or its training diverged: use another one",
+    )
 
 
 def _version(tensor: Tensor) -> int:

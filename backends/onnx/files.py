@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import onnx_ir as ir
+
+from ...ir.errors import ModelatheError
+
+if TYPE_CHECKING:
+    import onnx
 
 ALIGNMENT = 4096  # of each tensor in the data file, so that it can be memory-mapped
 _SMALL = 1024  # bytes; smaller tensors stay with the graph, where shape inference sees them
@@ -42,10 +47,23 @@ def save_model(
                 advance(1)
         large = []
     with path.open("wb") as stream:
-        stream.write(ir.to_proto(model).SerializeToString())
+        stream.write(_to_proto(model).SerializeToString())
         for _, tensor in large:
             _append_initializer(tensor, stream)
             advance(1)
+
+
+def _to_proto(model: ir.Model) -> onnx.ModelProto:
+    """Return the message of a model; what a weight raises comes through as it is."""
+    try:
+        return ir.to_proto(model)
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # one for each level of the model
+            cause = cause.__cause__
+        if isinstance(cause, ModelatheError | OSError):
+            raise cause from None
+        raise
 
 
 def _detach_large(model: ir.Model) -> list[tuple[ir.Value, ir.TensorProtocol]]:

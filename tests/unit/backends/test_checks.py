@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
+from modelathe.backends import Eager, Onnx
 from modelathe.backends.checks import check_lowering
 from modelathe.backends.program_session import ProgramSession
-from modelathe.ir import LoweringError
+from modelathe.ir import FidelityError, LoweringError, StorageError, capture
 from modelathe.passes.progress import SilentProgress
 from support.models import program
 
@@ -40,3 +44,23 @@ def test_a_runtime_that_fails_at_some_size_is_named_with_it(
     monkeypatch.setattr(session, "_execute", execute)
     with pytest.raises(LoweringError, match="fails at d0 = 1: no kernel"):
         check_lowering(program("norm-mlp"), session, "float32", SilentProgress())
+
+
+class Log(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.log(-x.abs() - 1)
+
+
+def test_figures_that_are_no_numbers_are_an_error(tmp_path: Path) -> None:
+    found = capture(Log().eval(), (torch.ones(3, 8),))
+    with pytest.raises(FidelityError, match="hold nan or inf"):
+        Eager().lower(found).save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nan_in_a_weight_is_named_while_it_is_written(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2).eval()
+    with torch.no_grad():
+        model.weight[0, 1] = float("nan")
+    with pytest.raises(StorageError, match="Linear: weight holds nan or inf"):
+        Onnx().lower(capture(model, (torch.ones(3, 3),)), check=False).save(tmp_path / "out")

@@ -83,3 +83,10 @@ def test_the_weights_of_a_module_without_files_are_identified(tmp_path: Path) ->
     made = Eager().lower(found, check=False).save(tmp_path / "out")
     assert made["source"] == {"weights": found.origin.source}
     assert found.origin.source
+
+
+def test_a_figure_that_is_no_number_is_null(tmp_path: Path) -> None:
+    figures = {"kl": float("nan"), "losses": [1.5, float("-inf")]}
+    made = write_manifest(tmp_path, {**manifest_fields(), "fidelity": figures})
+    assert made["fidelity"] == {"kl": None, "losses": [1.5, None]}
+    assert read_manifest(tmp_path) == made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,6 +73,14 @@ def test_json_silences_every_report(capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     assert out == '{\n  "ü": 1\n}\n'
     assert err == "a note\n"
+
+
+def test_json_has_null_for_what_is_no_number(capsys: pytest.CaptureFixture[str]) -> None:
+    Screen(as_json=True).emit({"perplexity": float("inf"), "rows": [float("nan"), 1.5]})
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {
+        "perplexity": None,
+        "rows": [None, 1.5],
+    }
 
 
 @pytest.mark.parametrize("patience", [0.0, 60.0])

@@ -146,6 +146,14 @@ def test_a_program_outlives_its_source(bert: Path, tmp_path: Path) -> None:
         load_program(tmp_path / "again").origin.reference()
 
 
+def test_so_is_a_pickle_of_an_old_torch(bert: Path, captured: Program, tmp_path: Path) -> None:
+    folder = _pickled(bert, tmp_path / "m")
+    path = folder / "pytorch_model.bin"
+    torch.save(torch.load(path), path, _use_new_zipfile_serialization=False)
+    inputs = feed(captured)
+    assert_same_bits(capture(folder, allow_pickle=True).run(inputs), captured.run(inputs))
+
+
 class Evil:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return Path, ("/",)

@@ -10,7 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modelathe.ir import CaptureError, Program, capture, save_program, tracing, verify
+from modelathe.ir import (
+    CaptureError,
+    Program,
+    StorageError,
+    capture,
+    save_program,
+    tracing,
+    verify,
+)
 from modelathe.ir.infer import size_hints
 from modelathe.ir.storage import load_program
 from modelathe.passes.probes import probes, size_variations
@@ -133,3 +141,21 @@ def test_shapes_that_cannot_be_followed_are_no_crash(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(tracing, "infer_graph", fails)
     with pytest.raises(CaptureError, match="shapes cannot be followed: negative output size"):
         captured(_wide_kernel)
+
+
+class Damaged(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((2, 2), float("nan")))
+        self.mask: Tensor
+        self.register_buffer("mask", torch.full((2,), float("-inf")))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.mask
+
+
+def test_a_module_is_told_of_nan_in_a_parameter_but_not_in_a_buffer() -> None:
+    found = capture(Damaged().eval(), (torch.ones(3, 2),))
+    assert found.weight("mask").load().isinf().all()
+    with pytest.raises(StorageError, match="Damaged: weight holds nan or inf"):
+        found.weight("weight").load()
