@@ -8,7 +8,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor, fx, nn
 
-from ...ir import ComputedWeight, Linear, Program, TensorWeight, is_weight
+from ...ir import ComputedWeight, Linear, Program, TensorWeight
+from ..base import Remark
 
 
 class LowRank(nn.Module):
@@ -38,27 +39,38 @@ class LowRank(nn.Module):
         return nn.functional.linear(x, weight, bias) + self.SCALE * update
 
 
-def add_low_rank(program: Program, rank: int, seed: int) -> dict[str, LowRank]:
+def add_low_rank(program: Program, rank: int, seed: int) -> tuple[dict[str, LowRank], list[Remark]]:
     """Put a low-rank update beside every linear with a weight of its own; return them by weight.
+
+    A weight that something else than a linear reads, as a tied head's is by the embedding, has
+    none (``missed``): once merged, it would change what that reads, which training did not see.
 
     Args:
         program: an editable copy, only to be trained.
         rank: of the update; at most the smaller side of the weight.
         seed: of the down-projections.
     """
-    readers: dict[str, list[fx.Node]] = defaultdict(list)
+    linears: dict[str, list[fx.Node]] = defaultdict(list)
+    others: dict[str, fx.Node] = {}
     for graph in program.graphs.values():
-        for node in graph.nodes:
-            linear = Linear.match(node)
-            if linear is not None and is_weight(linear.weight):
-                readers[str(linear.weight.target)].append(node)
-    made = {}
-    for number, (name, nodes) in enumerate(readers.items()):
+        for source in graph.find_nodes(op="get_attr"):
+            for user in source.users:
+                linear = Linear.match(user)
+                if linear is not None and linear.weight is source:
+                    linears[str(source.target)].append(user)
+                else:
+                    others[str(source.target)] = user
+    made, remarks = {}, []
+    for number, (name, nodes) in enumerate(linears.items()):
+        if name in others:
+            why = f"%{others[name].name} reads its weight too, so it gets no low-rank update"
+            remarks.append(Remark("missed", nodes[0].name, why))
+            continue
         shape = program.weights[name].shape
         made[name] = LowRank(name, shape, rank, seed * 1_000_003 + number)
         for node in nodes:
             node.target = made[name]
-    return made
+    return made, remarks
 
 
 def merged_weight(program: Program, name: str, update: LowRank) -> ComputedWeight:

@@ -81,8 +81,9 @@ class Heal(Pass):
         lr: peak of the learning rate; none: min(6e-4, 0.3 / width), ten times that for lora, a
             twentieth for scales.  What marked calls learn (a RepBN) gets the rate of full weights:
             a tenth of it with lora, twenty times it with scales.
-        weights: full: every parameter; lora: a low-rank update of every linear, merged at the end;
-            norms: gains and biases of norms; scales: the scales of quantised weights.
+        weights: full: every parameter; lora: a low-rank update of every linear whose weight
+            nothing else reads, merged at the end; norms: gains and biases of norms; scales: the
+            scales of quantised weights.
         rank: of lora.
         mix: share of every batch that the untouched model wrote, 0 to 1 (the whole of it where no
             text is given); none: 0.5 on decoders, and 0 on others, which write none.
@@ -155,7 +156,7 @@ class Heal(Pass):
         batches = self._batches(program, context)
         trainee = program.editable()
         switches = put_switches(trainee, context)
-        updates = self._updates(trainee, context.seed)
+        updates, left_out = self._updates(trainee, context.seed)
         student = Student(trainee)
         trained = self._chosen(program, student, updates)
         single = {node: switch for group in switches.values() for node, switch in group.items()}
@@ -190,6 +191,7 @@ class Heal(Pass):
         record = trainer.run()
         _put_back(program, student, updates, trained)
         remarks = [Remark("applied", "weights", _summary(record, steps, batches, len(trained)))]
+        remarks += left_out
         for text, pass_ in marked_passes(program).items():
             settled = pass_.settle(program, by_key(trainee, switches[text]))
             program = settled.program
@@ -213,8 +215,8 @@ class Heal(Pass):
         depths = depth_shares(program, self.layer_decay)
         return {name: share * sizes.get(name, 1.0) for name, share in depths.items()}
 
-    def _updates(self, trainee: Program, seed: int) -> dict[str, LowRank]:
-        return add_low_rank(trainee, self.rank, seed) if self.weights == "lora" else {}
+    def _updates(self, trainee: Program, seed: int) -> tuple[dict[str, LowRank], list[Remark]]:
+        return add_low_rank(trainee, self.rank, seed) if self.weights == "lora" else ({}, [])
 
     def _chosen(
         self, program: Program, student: Student, updates: Mapping[str, LowRank]
