@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,8 +62,8 @@ class PassContext:
     progress: Progress = field(default_factory=SilentProgress)
     state: Path | None = None
     cache: Path | None = None
-    # Windows already made in this run, by what they were made for and for which model.
-    _made: dict[tuple[str, object], TokenWindows] = field(
+    # Windows already made in this run, by what they were made for, which model, and their size.
+    _made: dict[tuple[str, object, tuple[int, ...]], TokenWindows] = field(
         default_factory=dict, repr=False, compare=False
     )
 
@@ -108,15 +109,21 @@ class PassContext:
         self._captured[:] = [captured]
 
     def used(self) -> dict[str, dict[str, Any]]:
-        """Return source, sha256 and size of the windows that this run made, by purpose."""
-        return {
-            purpose: {
+        """Return source, sha256 and size of the windows that this run made, by purpose.
+
+        What a purpose made after the first has a number: ``generated 2``.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        counts: Counter[str] = Counter()
+        for (purpose, *_), windows in self._made.items():
+            counts[purpose] += 1
+            number = counts[purpose]
+            found[purpose if number == 1 else f"{purpose} {number}"] = {
                 "source": windows.source,
                 "sha256": windows.sha256,
                 "windows": list(windows.tokens.shape),
             }
-            for (purpose, _), windows in self._made.items()
-        }
+        return found
 
     def read_texts(self, program: Program) -> None:
         """Read the texts that were given, so that a bad one is found before any work is done.
@@ -189,21 +196,26 @@ class PassContext:
                 untouched, samples, length, self.seed, self.progress, self.device, kept
             )
 
-        return self._once("generated", program, write)
+        return self._once("generated", program, write, (samples, length))
 
     def _once(
-        self, purpose: str, program: Program, make: Callable[[], TokenWindows]
+        self,
+        purpose: str,
+        program: Program,
+        make: Callable[[], TokenWindows],
+        size: tuple[int, ...] = (),
     ) -> TokenWindows:
-        """Return the windows for a purpose; made when they are asked for first."""
+        """Return the windows for a purpose; made when they are asked for first, in this size."""
         model = program.origin.recapture
-        if (purpose, model) not in self._made:
-            if reads_features(program) and not any(known is model for _, known in self._made):
+        key = purpose, model, size
+        if key not in self._made:
+            if reads_features(program) and not any(known is model for _, known, _ in self._made):
                 self.progress.note(
                     f"the encoder of {program.origin.model} reads no text: beside each text it is "
                     "given seeded random features"
                 )
-            self._made[purpose, model] = make()
-        return self._made[purpose, model]
+            self._made[key] = make()
+        return self._made[key]
 
     def _training(self, source: TextSource | TokenWindows, program: Program) -> TokenWindows:
         if isinstance(source, TokenWindows):

@@ -239,6 +239,15 @@ def test_what_was_used_is_reported(tokens: Path) -> None:
     assert len(used["check"]["sha256"]) == 64
 
 
+def test_text_of_the_model_s_own_is_as_much_as_each_asks_for() -> None:
+    context = PassContext()
+    sizes = (2, 4), (3, 5), (2, 4)
+    found = [context.generated_text(program("llama"), *size).tokens.shape for size in sizes]
+    assert found == list(sizes)
+    used = {name: entry["windows"] for name, entry in context.used().items()}
+    assert used == {"generated": [2, 4], "generated 2": [3, 5]}
+
+
 @pytest.mark.parametrize(
     "options",
     [
