@@ -80,7 +80,8 @@ class Heal(Pass):
         length: tokens in a window; none: the context's calibration length, at most the model's.
         lr: peak of the learning rate; none: min(6e-4, 0.3 / width), ten times that for lora, a
             twentieth for scales.  What marked calls learn (a RepBN) gets the rate of full weights:
-            a tenth of it with lora, twenty times it with scales.
+            a tenth of it with lora, twenty times it with scales.  Scales get a twentieth with
+            full, too.
         weights: full: every parameter; lora: a low-rank update of every linear whose weight
             nothing else reads, merged at the end; norms: gains and biases of norms; scales: the
             scales of quantised weights.
@@ -88,7 +89,7 @@ class Heal(Pass):
         mix: share of every batch that the untouched model wrote, 0 to 1 (the whole of it where no
             text is given); none: 0.5 on decoders, and 0 on others, which write none.
         optimizer: adamw, or lamb, which scales each tensor's step to the tensor's length.
-        weight_decay: of matrices.
+        weight_decay: of matrices that are no scales.
         warmup: share of the steps over which the rate rises; it falls to a tenth, as a cosine.
         layer_decay: factor on the rate for each block further from the end.
         auxiliary: weight of the term for removed norms; none: 0.1 after ``remove-norms``.
@@ -161,13 +162,14 @@ class Heal(Pass):
         trained = self._chosen(program, student, updates)
         single = {node: switch for group in switches.values() for node, switch in group.items()}
         learned, shares = self._learned(trainee, single)
-        shares |= self._shares(program, batches, context)
+        scales = _scales(program)
+        shares |= self._shares(program, batches, context, scales)
         for name, update in updates.items():
             shares |= {f"{name}.{part}": shares[name] for part, _ in update.named_parameters()}
         steps = self.steps or max(1, self.tokens // batches.tokens)
         rate = self._rate(program)
         optimizer = make_optimizer(
-            self.optimizer, {**trained, **learned}, shares, rate, self.weight_decay
+            self.optimizer, {**trained, **learned}, shares, rate, self.weight_decay, scales
         )
         plan = Plan(
             steps=steps,
@@ -209,9 +211,13 @@ class Heal(Pass):
             program, context, tokens=tokens, batch=self.batch, length=length, mix=mix
         )
 
-    def _shares(self, program: Program, batches: Batches, context: PassContext) -> dict[str, float]:
+    def _shares(
+        self, program: Program, batches: Batches, context: PassContext, scales: set[str]
+    ) -> dict[str, float]:
         """Return the share of the rate that each weight gets."""
         sizes = size_shares(program, batches.at(0), context.device)
+        if self.weights == "full":
+            sizes |= {name: _RATES["scales"] * sizes.get(name, 1.0) for name in scales}
         depths = depth_shares(program, self.layer_decay)
         return {name: share * sizes.get(name, 1.0) for name, share in depths.items()}
 

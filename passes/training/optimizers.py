@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -66,6 +66,7 @@ def make_optimizer(
     shares: Mapping[str, float],
     rate: float,
     weight_decay: float,
+    undecayed: Container[str] = (),
 ) -> torch.optim.Optimizer:
     """Return an optimizer with one group for each share of the learning rate.
 
@@ -75,10 +76,11 @@ def make_optimizer(
         shares: share of the rate that each gets; 1 where it is not named.
         rate: the peak of the schedule.
         weight_decay: of matrices; vectors have none.
+        undecayed: names of those that have none either.
     """
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in parameters.items():
-        decay = weight_decay if parameter.dim() > 1 else 0.0
+        decay = weight_decay if parameter.dim() > 1 and name not in undecayed else 0.0
         groups.setdefault((shares.get(name, 1.0), decay), []).append(parameter)
     described = [
         {"params": members, "share": share, "weight_decay": decay}
