@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -44,9 +45,15 @@ class _Site:
         return f"{what} folded into {', '.join(f'%{x.node.name}' for x in self.linears)}"
 
 
-def fold_gains(program: Program, *, untie: bool) -> list[Remark]:
-    """Fold what can be folded; see ``FoldNorms``.  One remark per norm that has parameters."""
-    sites, remarks = _sites(program)
+def fold_gains(program: Program, *, untie: bool, leave: Collection[fx.Node] = ()) -> list[Remark]:
+    """Fold what can be folded; see ``FoldNorms``.  One remark per norm that has parameters.
+
+    Args:
+        program: an editable copy.
+        untie: give a linear whose weight is read elsewhere a folded copy of its own.
+        leave: norms that keep their gain and bias, and are not spoken of.
+    """
+    sites, remarks = _sites(program, leave)
     folder = _Folder(program)
     # A refusal of one norm may cost another norm that shares its readers' weights.
     while refused := [(s, why) for s in sites if (why := _shared(program, s, sites, untie))]:
@@ -76,14 +83,14 @@ def _shared(program: Program, site: _Site, sites: list[_Site], untie: bool) -> s
     return None
 
 
-def _sites(program: Program) -> tuple[list[_Site], list[Remark]]:
+def _sites(program: Program, leave: Collection[fx.Node]) -> tuple[list[_Site], list[Remark]]:
     """Return the norms that only linears read, and remarks on the others that have parameters."""
     sites: list[_Site] = []
     remarks: list[Remark] = []
     for graph in program.graphs.values():
         for node in graph.nodes:
             norm = Norm.match(node)
-            if norm is None or (norm.gain is None and norm.bias is None):
+            if norm is None or node in leave or (norm.gain is None and norm.bias is None):
                 continue
             linears, others = readers(node)
             if reason := _unusual(norm):

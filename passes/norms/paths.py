@@ -207,7 +207,8 @@ def rejoin(program: Program, graph: fx.Graph) -> None:
         if norm is None:
             continue
         names = tuple(part and part.target for part in (norm.gain, norm.bias))
-        first = seen.setdefault((node.target, norm.input, norm.eps, *names), node)
+        marks = tuple(sorted(marks_of(node).items()))
+        first = seen.setdefault((node.target, norm.input, norm.eps, *names, marks), node)
         if first is not node:
             node.replace_all_uses_with(first)
             graph.erase_node(node)

@@ -18,9 +18,8 @@ from ..fidelity import Reference
 from ..spec import to_spec
 from ..training.switches import SWITCH, Switch, SwitchingPass
 from .first_tokens import first_factors, knows_first
-from .fold_norms import FoldNorms
 from .freezing import NO_MEAN, Constant, Freezer
-from .gains import EQUALIZED, KEPT
+from .gains import EQUALIZED, KEPT, fold_gains
 from .norm_switch import NormSwitch, turn
 from .paths import ORDER, Path, path_of_norm, rejoin, separate, split_fused
 from .residual import Stream
@@ -55,7 +54,8 @@ class RemoveNorms(SwitchingPass):
 
     Freezing all norms at once can let values grow from block to block until they overflow, as in
     models whose MLPs multiply two values; that is an error.  There ``heal`` goes too fast, too,
-    unless ``target_kl`` lets norms wait.
+    unless ``target_kl`` lets norms wait.  A norm that passes in between keep from being frozen,
+    such as a LayerNorm behind weights that were quantised, stays live (``missed``).
 
     Refuses (``missed``) a LayerNorm that something else than a linear of its own reads, such as
     the residual stream of a post-norm block, because the mean of its input stays; an RMSNorm there
@@ -195,7 +195,28 @@ class RemoveNorms(SwitchingPass):
     def make_switches(
         self, program: Program, calls: Sequence[fx.Node], context: PassContext
     ) -> Mapping[fx.Node, Switch]:
-        return {node: self._switch(program, node) for node in calls}
+        refused = self._refused(program)
+        keys = {norm.node: key for key, norm in norms_by_key(program).items()}
+        if stay := [keys[node] for node in calls if keys[node] in refused]:
+            more = f" and {len(stay) - 1} more" if len(stay) > 1 else ""
+            context.progress.note(f"{stay[0]}{more} cannot be frozen now: {refused[stay[0]]}")
+        return {node: self._switch(program, node) for node in calls if keys[node] not in refused}
+
+    def _refused(self, program: Program) -> dict[str, str]:
+        """Return why marked norms cannot be frozen as the program is now, by key of their call."""
+        trial = program.editable()
+        self._unmark(trial)
+        return refusals(trial, self.untie)
+
+    def _unmark(self, program: Program) -> list[str]:
+        """Take this pass's marks away; return the keys of the norms that had them."""
+        text, found = to_spec(self), []
+        for key, norm in norms_by_key(program).items():
+            if marks_of(norm.node).get(SWITCH) == text:
+                found.append(key)
+                for name in (SWITCH, _PATH, _USUAL, _FIRST):
+                    mark(norm.node, name, None)
+        return found
 
     def _switch(self, program: Program, node: fx.Node) -> Switch:
         norm, marks = Norm.match(node), marks_of(node)
@@ -229,10 +250,9 @@ class RemoveNorms(SwitchingPass):
                     else f"freezing it passes target-kl {self.target_kl:g}"
                 )
                 kept.append(Remark("missed", name, why))
-        for key, norm in norms_by_key(program).items():
-            if key in switches:
-                for name in (SWITCH, _PATH, _USUAL, _FIRST):
-                    mark(norm.node, name, None)
+        left = [key for key in self._unmark(program) if key not in switches]
+        why_left = refusals(program, self.untie) if left else {}
+        kept += [Remark("missed", key, f"stays live: {why_left[key]}") for key in left]
         result = frozen(program, plan, self.untie)
         return PassResult(result.program, (*result.remarks, *kept))
 
@@ -287,13 +307,21 @@ def _sites(program: Program) -> dict[str, Path]:
 def refusals(program: Program, untie: bool) -> dict[str, str]:
     """Return why norms cannot be frozen, by key of their call."""
     trial = program.editable()
-    FoldNorms(untie=untie).run(trial, PassContext())
+    _fold_gains(trial, untie)
     freezer = Freezer(trial)
     return {
         key: why
         for key, norm in norms_by_key(trial).items()
         if (why := freezer.can(norm)) and not (_keeps_mean(why) and _stream(trial, norm))
     }
+
+
+def _fold_gains(program: Program, untie: bool) -> list[Remark]:
+    """Fold the gains of norms, but of those that another pass has trained something in place of."""
+    waiting = {
+        norm.node for norm in norms_by_key(program).values() if SWITCH in marks_of(norm.node)
+    }
+    return fold_gains(program, untie=untie, leave=waiting)
 
 
 def _keeps_mean(why: str) -> bool:
@@ -328,18 +356,20 @@ def frozen(program: Program, plan: Mapping[str, Constant], untie: bool) -> PassR
         for graph in program.graphs.values():
             rejoin(program, graph)
         return PassResult(program)
-    folded = FoldNorms(untie=untie).run(program, PassContext())
-    program = folded.program
+    remarks = [remark for remark in _fold_gains(program, untie) if "untied" in remark.message]
     freezer = Freezer(program)
-    remarks = [remark for remark in folded.remarks if "untied" in remark.message]
     sites = {key: norm for key, norm in norms_by_key(program).items() if key in plan}
     centred = set()
-    for key, norm in sites.items():
-        if (why := freezer.can(norm)) and _keeps_mean(why):
-            stream = _stream(program, norm)
-            assert stream is not None
-            center_stream(program, stream)
-            centred.add(key)
+    for key, norm in list(sites.items()):
+        if not (why := freezer.can(norm)):
+            continue
+        stream = _stream(program, norm) if _keeps_mean(why) else None
+        if stream is None:
+            remarks.append(Remark("missed", key, f"stays live: {why}"))
+            del sites[key]
+            continue
+        center_stream(program, stream)
+        centred.add(key)
     factors = first_factors(program, {key: plan[key] for key in sites})
     for key, norm in sites.items():
         constant = plan[key]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 
-from torch import Tensor
+from torch import Tensor, fx
 
-from ...ir import ComputedWeight, Embedding, Norm, Program, insert_call
+from ...ir import ComputedWeight, Embedding, Norm, Program, insert_call, marks_of
 from ..canonical.match import aten
+from ..training.switches import SWITCH
 from .readers import elsewhere, named
 from .residual import Stream, center_writers, other_reader, writers
 
@@ -28,9 +29,15 @@ def tied_stream(program: Program, norm: Norm) -> Stream:
     for writer in stream.left:
         if not Embedding.match(writer.node):
             stream.reason = stream.reason or f"the weight of {named(writer.node)} is read elsewhere"
-    if not stream.reason and (other := other_reader(stream)) is not None:
+    if not stream.reason and (other := other_reader(stream) or _waiting(stream)) is not None:
         stream.reason = f"{named(other)} sees its mean"
     return stream
+
+
+def _waiting(stream: Stream) -> fx.Node | None:
+    """Return a norm that another pass has trained something in place of, which sees the mean."""
+    users = (user for value in stream.values for user in value.users)
+    return next((user for user in users if SWITCH in marks_of(user)), None)
 
 
 def center_stream(program: Program, stream: Stream) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import fx
 
-from modelathe.ir import Linear, Norm, Program, marks_of
-from modelathe.passes.norms.paths import path_of_norm, rejoin, split_fused
+from modelathe.ir import Linear, Norm, Program, mark, marks_of
+from modelathe.passes.norms.paths import path_of_norm, rejoin, separate, split_fused
 from modelathe.passes.probes import probe
 from support.models import canonical
 from support.numeric import assert_same_bits
@@ -48,3 +49,16 @@ def test_the_paths_of_norms_are_found_in_the_graph() -> None:
     program = canonical("gpt2")
     found = [path_of_norm(program.graph, norm) for norm in norms(program)]
     assert found == ["query-key", "mlp"] * 2 + ["final"]
+
+
+@pytest.mark.parametrize(("text", "left"), [("one", 1), ("another", 2)])
+def test_norms_that_wait_for_something_else_stay_apart(text: str, left: int) -> None:
+    program = canonical("gpt2").editable()
+    first = norms(program)[0]
+    split_fused(program, program.graph)
+    separate(program.graph, first)
+    parts = [norm for norm in norms(program) if norm.input is first.input]
+    for norm, waits in zip(parts, ("one", text), strict=True):
+        mark(norm.node, "switch", waits)
+    rejoin(program, program.graph)
+    assert len([norm for norm in norms(program) if norm.input is first.input]) == left

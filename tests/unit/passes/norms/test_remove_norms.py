@@ -18,7 +18,7 @@ from modelathe.ir import (
     fingerprint,
     marks_of,
 )
-from modelathe.passes import Fidelity, Heal, PassResult, Pipeline, RemoveNorms
+from modelathe.passes import Fidelity, Heal, PassResult, Pipeline, QuantizeWeights, RemoveNorms
 from modelathe.passes.analysis.norm_deviations import deviation, norm_deviations
 from modelathe.passes.norms.freezing import Constant
 from modelathe.passes.norms.norm_switch import NormSwitch
@@ -289,3 +289,10 @@ def test_norms_that_wait_for_healing_are_left_to_it(schedule: Any) -> None:
     marked = RemoveNorms(schedule="progressive")(canonical("gpt2"), context()).program
     with pytest.raises(PassError, match="waits for heal"):
         RemoveNorms(schedule=schedule)(marked, context())
+
+
+def test_what_cannot_be_folded_stays_a_norm_and_is_named() -> None:
+    before = QuantizeWeights(bits=8, group_size=8)(canonical("gpt2"), context()).program
+    result = frozen(before.editable(), {norms(before)[0].node.name: Constant(1.0)}, untie=True)
+    assert len(norms(result.program)) == len(norms(before))
+    assert "stays live: %quantized_linear_default reads it" in str(result.remarks[-1])
