@@ -7,11 +7,10 @@ from typing import ClassVar
 
 from torch import fx
 
-from ...ir import Linear, Norm, Program, insert_call
+from ...ir import Linear, Norm, Program, insert_call, mark, marks_of
 from ..base import Fidelity, Pass, PassContext, PassResult, Remark
 from ..canonical.match import aten
 from .channels import origin
-from .gains import hand_on
 from .readers import elsewhere, in_order, named, tied, untied
 from .residual import Stream, Writer, center_writers, find_streams, other_reader
 
@@ -155,7 +154,8 @@ def _replace(stream: Stream) -> list[Remark]:
             continue
         args = (found.input, list(found.sizes), found.gain, found.eps)
         call = insert_call(node.graph, aten.rms_norm.default, args, before=node, like=node)
-        hand_on(node, call)
+        for name, text in marks_of(node).items():  # of equalising, and of waiting for heal
+            mark(call, name, text)
         node.replace_all_uses_with(call)
         node.graph.erase_node(node)
         remarks.append(Remark("applied", call.name, f"RMSNorm in the place of %{node.name}"))

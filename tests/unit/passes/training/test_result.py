@@ -8,6 +8,8 @@ import pytest
 
 from modelathe.ir import Norm, Program
 from modelathe.passes import (
+    CenterResidual,
+    FoldNorms,
     Heal,
     Pass,
     PassResult,
@@ -92,4 +94,12 @@ def test_a_norm_behind_weights_that_were_quantised_stays_live() -> None:
     assert all(text.startswith("stays live: %quantized_linear") for text in said)
     assert len(said) == 7  # two blocks, three paths, and the end
     assert "and 6 more cannot be frozen now" in listener.notes[0]
+    assert measured(result, before) == pytest.approx(judged(result), rel=1e-4)
+
+
+def test_marked_norms_of_a_centred_stream_are_frozen() -> None:
+    marked = RemoveNorms(schedule="progressive", untie=True)
+    before = after("gpt2", marked, FoldNorms(untie=True), CenterResidual(untie=True))
+    result = heal(before)
+    assert norms(before) > norms(result.program) == 0
     assert measured(result, before) == pytest.approx(judged(result), rel=1e-4)
