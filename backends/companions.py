@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ..ir import Program
 
-# Copied as they are when the model's folder has them.
+# Copied as they are when the model's folder has them.  Tokenizers find their files by name alone:
+# those are the ``vocab_files_names`` of all tokenizers in transformers.
 _COPIED = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -17,10 +18,29 @@ _COPIED = (
     "vocab.json",
     "vocab.txt",
     "merges.txt",
+    "dict.txt",
     "spiece.model",
+    "spm.model",
+    "sentencepiece.model",
     "sentencepiece.bpe.model",
     "tokenizer.model",
+    "source.spm",
+    "target.spm",
+    "target_vocab.json",
+    "vocab-src.json",
+    "vocab-tgt.json",
+    "bpe.codes",
+    "prophetnet.tokenizer",
+    "byte_maps.json",
+    "emoji.json",
+    "entity_vocab.json",
+    "normalizer.json",
+    "word_pronunciation.json",
+    "word_shape.json",
+    "tekken.json",
     "chat_template.jinja",
+    "chat_template.json",
+    "processor_config.json",
     "preprocessor_config.json",
     "generation_config.json",
 )

@@ -77,12 +77,12 @@ class Estimate:
             weight = program.weight(shared.name)
             inside = any(block_of(node) is not None for _, node in shared.readers)
             count, row = math.prod(weight.shape), weight.shape[1]
-            width = weight.dtype.itemsize
-            parts.append(Part(shared, inside, count, row, width, weight.bytes))
+            size = weight.dtype.itemsize
+            parts.append(Part(shared, inside, count, row, size, weight.bytes))
         left = max(0, sizes.parameters - round(sum(part.count for part in parts)))
-        size = max(0.0, sizes.bytes - sum(part.bytes for part in parts))
+        bytes_left = max(0.0, sizes.bytes - sum(part.bytes for part in parts))
         width = max((part.width for part in parts), default=4.0)
-        rest = Part(None, False, left, 1, width, size)
+        rest = Part(None, False, left, 1, width, bytes_left)
         return cls(sizes.blocks, sizes.blocks, (*parts, rest))
 
     def after(self, pass_: Pass) -> Estimate:
@@ -176,7 +176,7 @@ def plan(program: Program, pipeline: Pipeline, backend: Backend, out: str | None
                 "bytes": estimate.bytes,
             }
         )
-    texts = [*program.origin.passes, *(step["pass"] for step in steps)]
+    texts = [*program.origin.passes, *map(to_spec, pipeline.passes)]
     if dtype := backend.converts_to(texts):
         estimate = estimate.in_dtype(dtype)
     return {

@@ -74,7 +74,8 @@ def fetch(text: str, revision: str | None, allow_pickle: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
+    patterns = ["*.json", "*.safetensors", "*.jinja"]
+    patterns += ["*.model", "*.spm", "*.txt", "*.codes", "*.tokenizer"]  # of tokenizers
     patterns += ["*.bin"] if allow_pickle else []
     try:
         return Path(snapshot_download(text, revision=revision, allow_patterns=patterns))

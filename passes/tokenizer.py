@@ -16,6 +16,10 @@ _SLOW_FILES = (
     "vocab.txt",
     "spiece.model",
     "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "sentencepiece.model",
+    "spm.model",
+    "source.spm",
 )
 
 
