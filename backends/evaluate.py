@@ -80,7 +80,7 @@ def evaluate(
     if session.kind == "encoder":
         lines = lines_of(words, tokenizer, _window(session, context, ENCODER_CONTEXT))
         return evaluate_lines(session, lines, _reference(against), progress)
-    ids = tokenize(words, tokenizer, session.config.get("vocab_size"))
+    ids = tokenize(words, tokenizer, session.vocab_size)
     return evaluate_tokens(session, ids[:tokens].tolist(), against, context, progress)
 
 

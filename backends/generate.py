@@ -97,10 +97,7 @@ def generate(
     limit = session.max_length
     room = max_new_tokens if limit is None else min(max_new_tokens, limit - tokens.shape[1] + 1)
     if room < min(1, max_new_tokens):
-        raise DataError(
-            f"the prompt has {tokens.shape[1]} tokens, the model has {limit} positions",
-            remedy="shorten the prompt",
-        )
+        raise _too_long(tokens, limit)
     random = np.random.default_rng(sampling.seed)
     results: list[list[int]] = [[] for _ in prompts]
     open_rows = set(range(len(prompts)))
@@ -175,6 +172,8 @@ def _begin(
         begin = [] if special.begin is None else [special.begin]
         return *pad([list(prompt) or begin for prompt in prompts], special.padding), None
     tokens, mask = pad(prompts, special.padding, left=False)
+    if session.max_length is not None and tokens.shape[1] > session.max_length:
+        raise _too_long(tokens, session.max_length)
     cache = session.encode(encoder_feeds(session, tokens, mask))
     start = special.begin if special.decoder_start is None else special.decoder_start
     if start is None:
@@ -184,6 +183,13 @@ def _begin(
         )
     first = np.full((len(prompts), 1), start, dtype=np.int64)
     return first, np.ones_like(first), cache
+
+
+def _too_long(tokens: Tokens, limit: int | None) -> DataError:
+    return DataError(
+        f"the prompt has {tokens.shape[1]} tokens, the model has {limit} positions",
+        remedy="shorten the prompt",
+    )
 
 
 def encoder_feeds(session: Session, tokens: Tokens, mask: Tokens) -> Mapping[str, Array]:

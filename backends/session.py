@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..ir.config import max_length
+from ..ir.config import max_length, vocab_size
 from ..ir.dims import evaluate
 from ..ir.errors import DataError, StorageError
 from ..passes.progress import Progress, SilentProgress, share_task
@@ -165,6 +165,11 @@ class Session(ABC):
         return max_length(self.config)
 
     @property
+    def vocab_size(self) -> int | None:
+        """How many tokens the model knows; None when its configuration does not say."""
+        return vocab_size(self.config)
+
+    @property
     def plan(self) -> DecoderPlan:
         """How the decoder graph is driven.
 
@@ -250,8 +255,8 @@ class Session(ABC):
         Raises:
             DataError: there is one.
         """
-        size = self.config.get("vocab_size")
-        if isinstance(size, int) and tokens.size and int(tokens.max()) >= size:
+        size = self.vocab_size
+        if size is not None and tokens.size and int(tokens.max()) >= size:
             raise DataError(
                 f"token id {int(tokens.max())}, and the model knows ids below {size}",
                 remedy="use ids made by this model's own tokenizer",

@@ -70,7 +70,7 @@ def run_once(session: Session) -> dict[str, float]:
 
 def _tokens(session: Session, length: int) -> Array:
     """Return ``[1, length]`` token ids, different ones and always the same."""
-    vocabulary = int(session.config.get("vocab_size") or 32)
+    vocabulary = session.vocab_size or 32
     return (np.arange(length, dtype=np.int64) * 7 % max(1, vocabulary))[None]
 
 

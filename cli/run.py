@@ -179,6 +179,8 @@ def command(
         if out is not None and not dry_run:
             check_writable(out, force=force)
         program = open_program(model, screen, revision=revision, allow_pickle=allow_pickle)
+        for note in program.origin.notes:
+            screen.progress.note(note)
         if dry_run:
             planned = plan(program, passes, backend, None if out is None else str(out))
             return screen.emit(planned) if as_json else show_plan(screen, planned)

@@ -152,7 +152,7 @@ def _capture_folder(folder: Path, allow_pickle: bool, report: Report | None) -> 
         folder=folder.resolve(),
         captured_from=folder.resolve(),
         source=_source_identity(stored),
-        notes=_left_out_note(model, mapped.left_out),
+        notes=(*program.origin.notes, *_left_out_note(model, mapped.left_out)),
         recapture=lambda report: _capture_folder(folder, allow_pickle, report),
     )
     return replace(program, origin=origin)

@@ -149,10 +149,10 @@ class Scratch:
             folder = self.folder or self._temporary_folder()
         path = folder / f"{hashlib.sha256(fingerprint.encode()).hexdigest()[:32]}.safetensors"
         _write(path, value)
-        weight = FileWeight(SafetensorsFile(path), "value", fingerprint, finite=False)
+        mapped = FileWeight(SafetensorsFile(path), "value", fingerprint, finite=False)
         with contextlib.suppress(OSError):  # Windows deletes no mapped file, but the folder at exit
             path.unlink()  # it stays while it is mapped, and a killed process leaves nothing
-        return weight
+        return mapped
 
     def _release(self, count: int) -> None:
         self._held -= count

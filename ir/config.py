@@ -33,8 +33,7 @@ def max_length(config: Mapping[str, Any]) -> int | None:
 
     The smallest where several are named; None where none is.
     """
-    nested = config.get("text_config")
-    for source in (config, nested if isinstance(nested, Mapping) else {}):
+    for source in with_text_part(config):
         found = [source.get(key) for key in _LENGTH_KEYS]
         longest = min((n for n in found if isinstance(n, int) and n > 0), default=None)
         if longest is not None:
@@ -42,3 +41,15 @@ def max_length(config: Mapping[str, Any]) -> int | None:
             behind = any(name in family for name in _POSITIONS_BEHIND_PADDING)
             return longest - 2 if behind else longest
     return None
+
+
+def vocab_size(config: Mapping[str, Any]) -> int | None:
+    """Return how many tokens a model knows; None where none is named."""
+    found = [source.get("vocab_size") for source in with_text_part(config)]
+    return next((n for n in found if isinstance(n, int) and not isinstance(n, bool)), None)
+
+
+def with_text_part(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """Return a configuration, and the one of its language model where it has that apart."""
+    nested = config.get("text_config")
+    return (config, nested) if isinstance(nested, Mapping) else (config,)

@@ -96,7 +96,7 @@ def learn(text: str, value: int, known: dict[str, int]) -> None:
     """Note the value of the one name in a size that is not known yet, if there is just one."""
     names = {name for name in re.findall(r"[A-Za-z_]\w*", text) if name not in known}
     if len(names) == 1:
-        at_0, at_1 = (evaluate(text, lambda name, n=n: known.get(name, n)) for n in (0, 1))
+        at_0, at_1 = (evaluate(text, {**dict.fromkeys(names, n), **known}.get) for n in (0, 1))
         known[names.pop()] = (value - at_0) // (at_1 - at_0)
 
 

@@ -92,8 +92,8 @@ def inputs_of(exported: torch.export.ExportedProgram) -> Inputs:
         found.dims[name] = tuple(_dim(size, symbols, name) for size in value.shape)
         found.dtypes[name] = value.dtype
         for size, dim in zip(value.shape, found.dims[name], strict=True):
-            if isinstance(dim, str) and size.node.hint is not None:
-                learn(dim, int(size.node.hint), found.examples)
+            if isinstance(size, torch.SymInt) and size.node.hint is not None:
+                learn(str(dim), int(size.node.hint), found.examples)
     for symbol, bounds in exported.range_constraints.items():
         if str(symbol) in symbols:
             # torch writes the largest of its numbers where there is no largest

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -63,6 +64,9 @@ def trace_wrapped(
                 program, graph, exported, signature, dtypes, sizes, found, tied, prefix="model."
             )
     _note_aliases(program, tied)
+    if unread := sorted(set(tied.values()) - set(program.weights)):
+        note = f"not captured: {len(unread)} parameters that no graph reads, such as {unread[0]}"
+        program.origin = replace(origin, notes=(note,))
     return program
 
 

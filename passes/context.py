@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..ir import DataError, Program, StorageError
-from ..ir.config import max_length
+from ..ir.config import max_length, vocab_size
 from .data import (
     USUAL_SAMPLES,
     TextSource,
@@ -328,8 +328,7 @@ def maximum_length(program: Program) -> int | None:
 
 def vocabulary(program: Program) -> int | None:
     """Return how many tokens the model knows."""
-    size = program.config.get("vocab_size")
-    return size if isinstance(size, int) else None
+    return vocab_size(program.config)
 
 
 def tokenizer_of(program: Program) -> Tokenizer | None:

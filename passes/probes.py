@@ -12,7 +12,7 @@ from ..ir import MAIN, Embedding, Program, QuantizedEmbedding, is_weight
 from ..ir.cache import entry_parts
 from ..ir.dims import Limits, evaluate
 from ..ir.infer import size_hints
-from .context import maximum_length
+from .context import maximum_length, vocabulary
 
 Inputs = dict[str, Tensor]
 
@@ -117,9 +117,9 @@ def _largest_index(program: Program, node: fx.Node) -> int:
         for user in node.users
         if (quantized := QuantizedEmbedding.match(user))
     ]
-    vocabulary = program.config.get("vocab_size")
-    if str(node.target).endswith("input_ids") and isinstance(vocabulary, int):
-        rows.append(vocabulary)
+    known = vocabulary(program)
+    if str(node.target).endswith("input_ids") and known is not None:
+        rows.append(known)
     return min([*rows, *coded], default=1)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..ir import DataError, Program, TensorWeight, content_hash, stored_bytes, to_text
+from .context import vocabulary
 from .data import TokenWindows
 from .kept_text import kept_text
 from .probes import empty_cache, feeds, next_cache
@@ -45,6 +46,8 @@ def generate_windows(
             remedy="pass a text: --calibration FILE",
         )
 
+    known = _known(program)
+
     def make() -> TokenWindows:
         generator = torch.Generator().manual_seed(seed)
         resident = _resident(program, device)
@@ -59,12 +62,23 @@ def generate_windows(
         if found.tokens.shape != (samples, length):
             return False
         low, high = map(int, found.tokens.aminmax())
-        return low >= 0 and high < int(program.config["vocab_size"])
+        return low >= 0 and high < known
 
     if not kept:
         return make()
     how = f"{samples} x {length}, {_BATCH} at a time, temperature 1, seed {seed}, on {device}"
     return kept_text(kept, _key(program, how), fits, make, progress)
+
+
+def _known(program: Program) -> int:
+    """Return how many tokens the model knows."""
+    size = vocabulary(program)
+    if size is None:
+        raise DataError(
+            f"the configuration of {program.origin.model} names no vocab_size",
+            remedy="pass a text: --calibration FILE",
+        )
+    return size
 
 
 def _key(program: Program, how: str) -> str:
@@ -95,8 +109,7 @@ def _sample(
     advance: Advance,
     device: str,
 ) -> Tensor:
-    size = int(program.config["vocab_size"])
-    tokens = torch.randint(size, (count, 1), generator=generator)
+    tokens = torch.randint(_known(program), (count, 1), generator=generator)
     cache = empty_cache(program, count)
     cached = bool(cache)
     advance(count)

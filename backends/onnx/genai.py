@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Mapping
 from typing import Any
 
 from ...ir.cache import entry_parts
+from ...ir.config import vocab_size, with_text_part
 from ...ir.program import Signature
 
 GENAI_CONFIG = "genai_config.json"
@@ -25,7 +27,7 @@ def genai_obstacle(signature: Signature, config: Mapping[str, Any]) -> str:
         return "the cache is stored as codes with scales, and it knows one tensor for each entry"
     if len(set(entries)) > 1:
         return "keys and values differ in heads or width, and it knows one size for all"
-    if _number(config, "vocab_size") is None:
+    if vocab_size(config) is None:
         return "the configuration names no vocab_size"
     return ""
 
@@ -45,6 +47,7 @@ def genai_config(
         generation: its generation settings, which win over ``config``.
         filename: the ONNX file, relative to the configuration.
     """
+    config = dict(ChainMap(*map(dict, with_text_part(config))))
     both = {**config, **{key: value for key, value in generation.items() if value is not None}}
     entries = _cache(signature)
     _, heads, _, width = entries[0]
@@ -77,7 +80,7 @@ def genai_config(
         **({"eos_token_id": end} if end is not None else {}),  # without one nothing ends a text
         "pad_token_id": _token(both, "pad_token_id", _token(both, "eos_token_id", 0)),
         "context_length": longest,
-        "vocab_size": _number(config, "vocab_size"),
+        "vocab_size": vocab_size(config),
         "decoder": decoder,
     }
     return {"model": model, "search": _search(both, longest)}

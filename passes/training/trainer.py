@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from ...ir import DataError, Program, SafetensorsFile
 from ...ir.execute import Bound
+from ..context import vocabulary
 from ..outputs import Runner, predictions, token_batch
 from ..probes import Inputs
 from ..progress import Progress
@@ -249,7 +250,7 @@ class Trainer:
         return predictions(program, token_batch(program, windows), run)
 
     def _rows(self, length: int) -> int:
-        width = int(self.student.program.config.get("vocab_size") or 4096)
+        width = vocabulary(self.student.program) or 4096
         return max(1, _LOGITS // (4 * width * length))
 
     @torch.no_grad()

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from modelathe.backends.generate import Sampling, choose, generate, pad
+from modelathe.backends.program_session import ProgramSession
 from modelathe.backends.session import open_artifact
 from modelathe.ir import DataError
 from support.artifacts import POSITIONS, STOP, expected_logits
+from support.models import program
 
 
 def greedy_reference(prompt: list[int], count: int) -> list[int]:
@@ -35,6 +37,14 @@ def test_a_batch_gives_what_each_prompt_gives_alone(toy: Path) -> None:
     prompts = [[1, 2, 3], [5], [0, 9, 4, 4]]
     together = generate(session, prompts, max_new_tokens=6)
     assert together == [generate(session, [p], max_new_tokens=6)[0] for p in prompts]
+
+
+def test_a_source_is_no_longer_than_the_positions() -> None:
+    session = ProgramSession.of(program("t5"))
+    session.config = {**session.config, "max_position_embeddings": 4, "decoder_start_token_id": 0}
+    assert len(generate(session, [[1, 2, 3, 4]], max_new_tokens=1)) == 1
+    with pytest.raises(DataError, match="5 tokens, the model has 4 positions"):
+        generate(session, [[1, 2, 3, 4, 5]], max_new_tokens=1)
 
 
 def test_generation_ends_where_the_positions_do(toy: Path) -> None:

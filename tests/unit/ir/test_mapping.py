@@ -84,6 +84,13 @@ def test_heads_of_other_classes_are_left_out_and_noted(tmp_path: Path) -> None:
     assert "bert.pooler.dense.bias" in note
 
 
+def test_parameters_that_no_graph_reads_are_noted() -> None:
+    model = model_of("BertForMaskedLM", **_BERT)
+    model.tower = torch.nn.Linear(2, 2)
+    (note,) = capture(model).origin.notes
+    assert note == "not captured: 2 parameters that no graph reads, such as tower.bias"
+
+
 def test_a_base_model_leaves_out_what_its_prefix_does_not_cover(tmp_path: Path) -> None:
     model = model_of("BertForPreTraining", **_BERT)
     folder = folder_of(tmp_path, model, architecture="BertModel", extra=HEAD)

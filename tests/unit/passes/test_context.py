@@ -293,4 +293,5 @@ def test_the_longest_text_is_in_the_configuration(
 
 def test_the_vocabulary_is_in_the_configuration() -> None:
     assert vocabulary(configured(vocab_size=7)) == 7
+    assert vocabulary(configured(text_config={"vocab_size": 9})) == 9
     assert vocabulary(configured()) is None
