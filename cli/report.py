@@ -61,11 +61,17 @@ def choices(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, dict[str, str
 
 
 def remark_lines(steps: Sequence[Mapping[str, Any]], limit: int = 6) -> list[str]:
-    """Return what passes refused, and warnings; the same refusal of many places is counted."""
+    """Return what passes say of their work as a whole, what they refused, and warnings.
+
+    The first are those whose place is the pass itself.  Of refusals only ``limit`` are written out.
+    """
     lines = []
     for step in steps:
-        missed = [r for r in step.get("remarks", ()) if r.startswith("missed")]
         name = str(step["pass"]).partition("{")[0]
+        remarks = step.get("remarks", ())
+        whole = f"applied: {name}: "
+        lines += [r.removeprefix("applied: ") for r in remarks if r.startswith(whole)]
+        missed = [r for r in remarks if r.startswith("missed")]
         lines += [f"{name}: {remark}" for remark in missed[:limit]]
         if len(missed) > limit:
             lines.append(f"{name}: ... and {len(missed) - limit} more that it refused")

@@ -30,7 +30,8 @@ class Remark:
 
     Attributes:
         kind: ``applied``, or ``missed`` for what was refused.
-        where: a node, weight or block, as the text form prints it.
+        where: a node, weight or block, as the text form prints it; the name of the pass for what
+            is said of its work as a whole, which ``run`` prints.
         message: what was done, or why not.
     """
 

@@ -174,7 +174,7 @@ class QuantizeWeights(Pass):
         for shared in found:
             if not chosen(shared.paths, self.only, self.ignore):
                 continue
-            bits = self._bits_of(shared, remarks)
+            bits = self.width_of(shared)
             if bits is None:
                 continue
             if shared.obstacle:
@@ -183,9 +183,10 @@ class QuantizeWeights(Pass):
             plan[shared.name] = self._type_of(program, shared, bits)
             wanted.append(shared)
         remarks += self._missed_calls(program) + self._unused(wanted)
+        remarks += self._overridden(wanted)
         recipe, why = self._recipe(program, context)
         if wanted:
-            remarks.append(Remark("applied", "method", f"{recipe}: {why}"))
+            remarks.append(Remark("applied", self.name, f"{recipe}: {why}"))
         nearest = [shared for shared in wanted if not shared.linear or not recipe.reads_text]
         total = sum(program.weight(shared.name).bytes for shared in nearest)
         with context.progress.task("rounding weights", total=total) as advance:
@@ -245,13 +246,15 @@ class QuantizeWeights(Pass):
             missed.append(Remark("missed", f"embedding-bits={self.embedding_bits}", reason))
         return missed
 
-    def _bits_of(self, shared: Shared, remarks: list[Remark]) -> int | None:
-        """Return the width for a weight, or None to leave it alone."""
-        choice = width_choice(shared)
-        if choice is not None and self.bits not in (None, choice):
-            text = f"bits={self.bits} overrides the {choice} bits that were chosen for it"
-            remarks.append(Remark("applied", f"@{shared.name}", text))
-        return self.width_of(shared)
+    def _overridden(self, wanted: list[Shared]) -> list[Remark]:
+        """Return a remark on the weights that get other widths than were chosen for them."""
+        choices = (width_choice(shared) for shared in wanted)
+        others = [choice for choice in choices if choice not in (None, self.bits)]
+        if self.bits is None or not others:
+            return []
+        count = f"{len(others)} weights" if len(others) > 1 else "1 weight"
+        text = f"bits={self.bits} overrides the widths that were chosen for {count}"
+        return [Remark("applied", self.name, text)]
 
     def width_of(self, shared: Shared) -> int | None:
         """Return the width that the options and earlier passes ask for; None: left alone."""

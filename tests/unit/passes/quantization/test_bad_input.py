@@ -79,4 +79,4 @@ def test_a_model_that_reads_no_text_is_refused_or_rounded_to_nearest() -> None:
     with pytest.raises(PassError, match="reads no tokens"):
         quantizer(method="gptq")(canonical("norm-mlp"), context())
     result = quantizer()(canonical("norm-mlp"), context())
-    assert any("applied: method: rtn" in str(remark) for remark in result.remarks)
+    assert any("applied: quantize-weights: rtn" in str(remark) for remark in result.remarks)

@@ -215,7 +215,10 @@ def test_a_remark_has_the_error_and_the_bytes() -> None:
     restored = quantize(weight, QuantType(4, 32, symmetric=False)).dequantize()
     decibels = 10 * torch.log10(weight.square().sum() / (weight - restored).square().sum())
     method, remark = result.remarks
-    assert str(method) == "applied: method: rtn: there is no calibration text that it could read"
+    assert (
+        str(method)
+        == "applied: quantize-weights: rtn: there is no calibration text that it could read"
+    )
     assert str(remark) == (
         f"applied: @layers.0.up.weight: 4 bits per group of 32, {decibels:.1f} dB signal to error, "
         f"{64 * 32 * 4} -> {64 * (16 + 4 + 1)} bytes"
