@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -84,7 +84,10 @@ def put_widths(
 
 
 def recipe(program: Program, units: Sequence[Unit], choice: Chosen) -> str:
-    """Return one ``quantize-weights`` for each width that gives the same widths without marks."""
+    """Return one ``quantize-weights`` for each width that gives the same widths without marks.
+
+    Behind them stand those for linears in no unit, such as the head, as it treats them by itself.
+    """
     texts = []
     for width in sorted(set(choice.bits)):
         mine = [unit for unit, own in zip(units, choice.bits, strict=True) if own == width]
@@ -92,8 +95,19 @@ def recipe(program: Program, units: Sequence[Unit], choice: Chosen) -> str:
         weights = [shared for unit in mine for shared in unit.weights]
         each = tuple(dict.fromkeys(path for shared in weights for path in shared.paths))
         only = blocks if _meant(program, blocks) == {s.name for s in weights} else each
-        texts.append(to_spec(replace(choice.rounding, bits=width, only=only)))  # type: ignore[arg-type]
+        texts.append(_spec(choice, width, only))
+    inside = {shared.name for unit in units for shared in unit.weights}
+    others: dict[int, list[str]] = {}
+    for shared in find_shared(program):
+        bits = choice.rounding.width_of(shared)
+        if bits is not None and not shared.obstacle and shared.name not in inside:
+            others.setdefault(bits, []).extend(path for path in shared.paths if path)
+    texts += [_spec(choice, bits, dict.fromkeys(paths)) for bits, paths in others.items() if paths]
     return ",".join(texts)
+
+
+def _spec(choice: Chosen, bits: int, only: Iterable[str]) -> str:
+    return to_spec(replace(choice.rounding, bits=bits, only=tuple(only)))  # type: ignore[arg-type]
 
 
 def check_only_marked(before: Program, after: Program) -> None:

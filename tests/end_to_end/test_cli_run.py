@@ -91,7 +91,7 @@ def test_widths_that_were_chosen_are_printed_and_written_as_a_recipe(
     assert blocks == {row[0]: row[1] for row in rows}
     assert set(blocks.values()) == {"2", "8"}
     recipe = step["details"]["recipe"]
-    assert recipe.count("quantize-weights{bits=") == 2
+    assert recipe.count("quantize-weights{bits=") == 3  # two widths, and the head's
     assert f"assign-bits, as a recipe: {recipe}" in done.out
 
 

@@ -65,7 +65,7 @@ def codes(program: Program) -> dict[str, tuple[int, bytes]]:
 
 
 def rounded(program: Program, **options: Any) -> Program:
-    return QuantizeWeights(method="rtn", head_bits=None, **options)(program).program
+    return QuantizeWeights(**{"method": "rtn", "head_bits": None, **options})(program).program
 
 
 def assigned(program: Program, **options: Any) -> Program:
@@ -135,8 +135,8 @@ def test_the_recipe_makes_the_same_codes() -> None:
     text = recipe_of(result).replace("{", "{method=rtn group-size=8 ")
     by_text = Pipeline.parse(text, check=False)(program).program
     found = codes(by_text)
-    assert found == codes(rounded(result.program, group_size=8))
-    assert sorted({bits for bits, _ in found.values()}) == [2, 3]
+    assert found == codes(rounded(result.program, group_size=8, head_bits="bits"))
+    assert sorted({bits for bits, _ in found.values()}) == [2, 3, 4]  # 4: the head
 
 
 def test_the_table_is_in_the_remarks_and_in_the_details(four: Program) -> None:
@@ -172,7 +172,7 @@ def test_blocks_that_share_weights_get_one_width_and_count_as_one(four: Program)
     assert any("and 1 that share weights with it" in remark.where for remark in result.remarks)
     text = recipe_of(result).replace("{", "{method=rtn ")
     again = Pipeline.parse(text, check=False)(tied).program
-    assert codes(again) == codes(rounded(result.program))
+    assert codes(again) == codes(rounded(result.program, head_bits="bits"))
 
 
 def test_a_weight_that_the_head_reads_too_has_no_width() -> None:
@@ -185,7 +185,7 @@ def test_a_weight_that_the_head_reads_too_has_no_width() -> None:
     assert "read outside the blocks too: layers.0.up, head" in missed[0]
     text = recipe_of(result).replace("{", "{method=rtn group-size=8 ")
     by_text = Pipeline.parse(text, check=False)(tiny_program(model)).program
-    assert set(codes(by_text)) == set(widths(result.program))
+    assert codes(by_text) == codes(rounded(result.program, group_size=8, head_bits="bits"))
 
 
 def test_cross_attention_that_the_encoder_makes_belongs_to_the_decoder_block() -> None:
