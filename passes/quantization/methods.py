@@ -137,7 +137,7 @@ def solve_together(
 
 
 def solve(name: str, weight: Tensor, moments: Moments, qtype: QuantType, recipe: Recipe) -> Solved:
-    """Choose the codes of a weight, and its outliers.
+    """Choose the codes of a weight, and its outliers, where its moments are; return them in memory.
 
     Args:
         name: of the weight, for messages.
@@ -192,7 +192,7 @@ def solve(name: str, weight: Tensor, moments: Moments, qtype: QuantType, recipe:
     solved = Solved(stored, outliers)
     if not solved.dequantize(torch.float32).T[order].equal(found):
         raise PassError(f"@{name}: what is stored does not stand for the numbers computed")
-    return solved
+    return solved.cpu()
 
 
 def _keeping(free: Tensor, nearest: Decide) -> Decide:
@@ -231,7 +231,7 @@ def share_lost(weight: Tensor, stored: Solved, moments: Moments) -> float:
     """
     plain = weight.to(moments.matrix.device, torch.float32).T
     whole = error(plain, torch.zeros_like(plain), moments.matrix)
-    lost = error(plain, stored.dequantize(torch.float32).T, moments.matrix)
+    lost = error(plain, stored.dequantize(torch.float32).to(plain.device).T, moments.matrix)
     return lost / whole if whole > 0 else 0.0
 
 

@@ -154,6 +154,16 @@ class Solved:
         """Bytes as stored."""
         return self.codes.nbytes + (0 if self.outliers is None else self.outliers.nbytes)
 
+    def cpu(self) -> Solved:
+        """The same in the memory of the processor."""
+        codes, kept = self.codes, self.outliers
+        zeros = None if codes.zeros is None else codes.zeros.cpu()
+        codes = replace(codes, codes=codes.codes.cpu(), scales=codes.scales.cpu(), zeros=zeros)
+        if kept is not None:
+            counts = None if kept.counts is None else kept.counts.cpu()
+            kept = Outliers(kept.values.cpu(), kept.columns.cpu(), counts)
+        return Solved(codes, kept)
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight ``[out, in]`` in ``dtype`` (default: that of the scales)."""
         weight = self.codes.dequantize(dtype)

@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modelathe.ir import Program, QuantizedLinear, TensorWeight
-from modelathe.ir.quant import QuantType
+from modelathe.ir.quant import QuantizedTensor, QuantType
 from modelathe.passes import PassContext, PassError, QuantizeWeights
 from modelathe.passes.data import TokenWindows
 from modelathe.passes.quantization import quantize_weights
 from modelathe.passes.quantization.methods import AUTO, solve
+from modelathe.passes.quantization.outliers import Outliers, Solved
 from modelathe.passes.quantization.sequential import Moments
 from support.models import canonical
 
@@ -89,3 +91,15 @@ def test_refitted_scales_stay_near_the_weight_where_powers_differ_by_far() -> No
     moments = Moments(inputs @ inputs.T / 1000, 1000)
     solved = solve("weight", weight, moments, QuantType(2, 16, symmetric=False), AUTO)
     assert float(solved.dequantize().abs().max()) < 2 * float(weight.abs().max())
+
+
+def test_what_was_solved_elsewhere_comes_back_into_memory_with_all_its_parts() -> None:
+    qtype = QuantType(4, 8, symmetric=False)
+    with FakeTensorMode():  # a device that need not be there
+        part = torch.empty(4, device="cuda")
+        codes = QuantizedTensor(qtype, 8, part, part, part)
+        solved = Solved(codes, Outliers(part, part, part)).cpu()
+    codes, kept = solved.codes, solved.outliers
+    assert kept is not None
+    parts = (codes.codes, codes.scales, codes.zeros, *kept.parts().values())
+    assert [part is not None and part.device.type for part in parts] == ["cpu"] * 6
