@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...ir import PassError, Program
 from ...ir.quant import QuantType
-from ..base import Fidelity, Pass, PassResult
+from ..base import Fidelity, Pass, PassResult, Remark
 from ..context import PassContext, reads_tokens
 from ..progress import Advance
 from .bit_search import Forecast, Goal, Search, Table
@@ -154,7 +154,12 @@ class SearchBits(Pass):
         details = {"cost": search.seen[best], "tables": self._tables(units, search)}
         rounding = QuantizeWeights(group_size=self.group_size, symmetric=self.symmetric)
         choice = Chosen(bits, scores, about, rounding)
-        return put_widths(program, self.name, units, choice, details)
+        result = put_widths(program, self.name, units, choice, details)
+        if self.target_bytes is None or 3 not in bits:
+            return result
+        text = "3 bits are counted as such, and ONNX stores 4; widths=2,4,8 leaves them out"
+        told = Remark("missed", self.name, text)
+        return replace(result, remarks=(*result.remarks, told))
 
     def ensures(self, before: Program, after: Program) -> None:
         """Check that only marks changed, and that a shared weight has one width.

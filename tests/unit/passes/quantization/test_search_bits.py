@@ -124,6 +124,8 @@ def test_bytes_count_codes_scales_and_zero_points() -> None:
     whole = {bits: size(rounded(canonical("llama"), bits=bits)) for bits in (2, 3)}
     result = searched(target_bytes=whole[3] - 1)
     assert whole[2] < size(rounded(result.program)) < whole[3]
+    three = 3 in widths(result.program).values()
+    assert any("ONNX stores 4" in str(remark) for remark in result.remarks) is three
     assert set(widths(searched(target_bytes=whole[2]).program).values()) == {2}
 
 
