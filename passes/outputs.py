@@ -61,6 +61,24 @@ def predictions(program: Program, batch: Inputs, run: Runner) -> Tensor:
     return next(iter(run(inputs, MAIN).values()))
 
 
+def predicting(program: Program) -> set[fx.Node]:
+    """Return the calls and weights that ``predictions`` depend on, in every graph."""
+    crossed = program.signatures["decoder"].inputs if program.kind == "encoder-decoder" else ()
+    todo: list[fx.Node] = []
+    for name, graph in program.graphs.items():
+        outputs = program.signatures[name].outputs
+        wanted = (*crossed, "logits") if program.kind.endswith("decoder") else outputs[:1]
+        (results,) = graph.output_node().args
+        assert isinstance(results, tuple | list)
+        todo += [node for output, node in zip(outputs, results, strict=True) if output in wanted]
+    found: set[fx.Node] = set()
+    while todo:
+        if (node := todo.pop()) not in found:
+            found.add(node)
+            todo += node.all_input_nodes
+    return found
+
+
 def graph_inputs(program: Program, graph: str, tokens: Tensor, run: Runner) -> Inputs:
     """Return what a graph of ``program`` reads for windows of tokens, int64 [batch, sequence].
 

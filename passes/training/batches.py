@@ -116,7 +116,7 @@ def make_batches(
         if rows < 2:
             raise DataError(
                 f"a batch of one window of {length} tokens is text or generated, not mix={mix:g}",
-                remedy="use a larger batch=, a smaller length=, or mix=0.0",
+                remedy="use more tokens= and a larger batch=, a smaller length=, or mix=0.0",
             )
         own = min(max(own, 1), rows - 1)
     counts = {"text": rows - own, "generated": own}

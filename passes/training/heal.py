@@ -76,7 +76,7 @@ class Heal(Pass):
     Attributes:
         tokens: to train on, at most.
         steps: instead of ``tokens``.
-        batch: tokens in a step.
+        batch: tokens in a step, in whole windows.
         length: tokens in a window; none: the context's calibration length, at most the model's.
         lr: peak of the learning rate; none: min(6e-4, 0.3 / width), ten times that for lora, a
             twentieth for scales.  What marked calls learn (a RepBN) gets the rate of full weights:
@@ -204,11 +204,16 @@ class Heal(Pass):
     def _batches(self, program: Program, context: PassContext) -> Batches:
         longest = maximum_length(program) or context.calibration_length
         length = min(self.length or context.calibration_length, longest)
+        if self.steps is None and self.tokens < length:
+            raise PassError(
+                f"heal: tokens={self.tokens} are less than one window of {length}",
+                remedy="give more tokens, or a smaller length=",
+            )
         tokens = self.steps * self.batch if self.steps else self.tokens
         usual = _MIX if program.kind == "decoder" else 0.0
         mix = usual if self.mix is None else self.mix
         return training_batches(
-            program, context, tokens=tokens, batch=self.batch, length=length, mix=mix
+            program, context, tokens=tokens, batch=min(self.batch, tokens), length=length, mix=mix
         )
 
     def _shares(

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ...ir import DataError, Program, SafetensorsFile
+from ...ir import DataError, PassError, Program, SafetensorsFile
 from ...ir.execute import Bound
 from ..context import vocabulary
-from ..outputs import Runner, predictions, token_batch
+from ..outputs import Runner, predicting, predictions, token_batch
 from ..probes import Inputs
 from ..progress import Progress
 from ..state import write_whole
@@ -71,6 +71,25 @@ class Student(nn.Module):
         }
         measured = {f"calls.{name}": value for name, value in self.calls.named_buffers()}
         return {**found, **measured}
+
+    def check_gradients(self) -> None:
+        """Check that everything trained that has a part in predictions was given a gradient.
+
+        Raises:
+            PassError: something was not.
+        """
+        weights, part = self.weights(), predicting(self.program)
+        for node in (node for graph in self.program.graphs.values() for node in graph.nodes):
+            held = weights.get(str(node.target)) if node.op == "get_attr" else None
+            found = [] if held is None else [held]
+            if isinstance(node.target, nn.Module):
+                found = list(node.target.parameters())
+            if node in part and any(each.requires_grad and each.grad is None for each in found):
+                raise PassError(
+                    f"heal: no gradient reaches %{node.name}, "
+                    "since an operator between it and the predictions has none",
+                    remedy="run the pass that put the operator there behind heal",
+                )
 
     def runner(self, observe: Callable[[fx.Node, Any], None] | None = None) -> Runner:
         """Return what runs a graph with gradients; ``observe`` is told every value."""
@@ -206,7 +225,11 @@ class Trainer:
         for part in torch.split(windows, self._rows(windows.shape[1])):
             loss, extra = self._loss(part)
             total += float(loss.detach()) * len(part) / len(windows)
-            torch.autograd.backward([(loss + extra) * (len(part) / len(windows))])
+            share = (loss + extra) * (len(part) / len(windows))
+            if share.requires_grad:  # else the check below says why not
+                torch.autograd.backward([share])
+        if record.step == 0:
+            self.student.check_gradients()
         self._check_finite("training loss", total)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         length = float(nn.utils.clip_grad_norm_(parameters, 1.0))
