@@ -56,7 +56,7 @@ from .program import (
 )
 from .storage import is_program_folder, load_program, save_program
 from .verifier import INVARIANTS, verify
-from .weights import TensorWeight, Weight, Weights, content_hash, is_finite
+from .weights import TensorWeight, Weight, Weights, content_hash, is_finite, last_made
 
 __all__ = [
     "INVARIANTS",
@@ -106,6 +106,7 @@ __all__ = [
     "is_finite",
     "is_program_folder",
     "is_weight",
+    "last_made",
     "kept_calls",
     "leave_block",
     "load_program",

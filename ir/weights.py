@@ -7,6 +7,7 @@ ever written in place: a changed weight is a new weight under a new name.
 from __future__ import annotations
 
 import hashlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -197,3 +198,17 @@ def content_hash(tensor: Tensor) -> str:
     if flat.numel():
         digest.update(bytes_of(flat))
     return digest.hexdigest()[:32]
+
+
+def last_made(name: str, verb: str, *kept_by: str) -> bool:
+    """Tell from a weight's name whether ``verb`` was the last thing that made its values.
+
+    Passes append what they did, as in ``up.weight.folded``, and ``_1`` where that is taken.
+
+    Args:
+        name: of the weight.
+        verb: what was done.
+        kept_by: verbs that may stand behind it, because they keep what it did.
+    """
+    behind = "|".join(map(re.escape, kept_by)) or verb
+    return re.fullmatch(rf".*\.{verb}(_\d+)?(\.({behind})(_\d+)?)*", name) is not None

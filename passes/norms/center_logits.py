@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor, fx
 
-from ...ir import ComputedWeight, Linear, Program
+from ...ir import ComputedWeight, Linear, Program, last_made
 from ..base import Remark
 from ..canonical.match import MUL, aten, is_call
 from .channels import origin
-from .readers import elsewhere, has_weights, named, nothing, tied, untied
+from .readers import CENTERINGS, elsewhere, has_weights, named, nothing, tied, untied
 
 LOGITS = "logits"
-_CENTERED = "centered_out"
+_CENTERED = "centered_logits"
 
 
 def center_logits(program: Program, *, untie: bool) -> list[Remark]:
@@ -51,7 +51,7 @@ def _head(program: Program, graph: str) -> Linear | str:
             return f"{named(node)} is read by more than one"
         linear = Linear.match(node)
         if linear is not None and has_weights(linear):
-            done = _CENTERED in str(linear.weight.target)
+            done = last_made(str(linear.weight.target), _CENTERED, *CENTERINGS)
             return "the head is centred already" if done else linear
         before = _before(node)
         if before is None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, fx
 
-from ...ir import ComputedWeight, Linear, Norm, Program
+from ...ir import ComputedWeight, Linear, Norm, Program, last_made
 from ..base import Remark
-from .readers import elsewhere, in_order, is_quantized, nothing, readers, tied, untied
+from .readers import CENTERINGS, elsewhere, in_order, is_quantized, nothing, readers, tied, untied
 
 _CENTERED = "centered_in"
 
@@ -48,7 +48,9 @@ def _sites(program: Program) -> tuple[dict[fx.Node, list[Linear]], list[Remark]]
             if norm is None or len(norm.sizes) != 1:
                 continue
             linears, others = readers(node)
-            linears = [x for x in linears if _CENTERED not in str(x.weight.target)]
+            linears = [
+                x for x in linears if not last_made(str(x.weight.target), _CENTERED, *CENTERINGS)
+            ]
             quantized = [other for other in others if is_quantized(other)]
             if norm.kind == "rms":
                 with_mean += [norm] if linears else []

@@ -19,6 +19,9 @@ from ...ir import (
 from ..base import Remark
 from .channels import carried
 
+CENTERINGS = "centered_in", "centered_logits", "centered_out"
+"""What names of weights without a mean end with; along one axis they stay so along the other."""
+
 
 def readers(node: fx.Node) -> tuple[list[Linear], list[fx.Node]]:
     """Return the linears that read the last dimension of a value, and whatever else reads it.

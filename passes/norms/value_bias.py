@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ...ir import Attention, ComputedWeight, Linear, Program, TensorWeight
+from ...ir import Attention, ComputedWeight, Linear, Program, TensorWeight, last_made
 from ...ir.calls import argument
 from ..base import Remark
 from ..canonical.places import FOREIGN, constant_along, is_move, numbered, places
@@ -62,7 +62,7 @@ def _site(program: Program, graph: str, attention: Attention) -> _Site | str | N
     source = _maker(attention.value)
     if isinstance(source, str):
         return source
-    if source.bias is None or _FOLDED in str(source.bias.target):
+    if source.bias is None or last_made(str(source.bias.target), _FOLDED):
         return None
     if argument(attention.node, 4, "dropout_p", 0.0):
         return "its dropout keeps attention rows from summing to 1"

@@ -20,6 +20,7 @@ from ...ir import (
     find_blocks,
     fingerprint,
     is_weight,
+    last_made,
 )
 from ..base import Fidelity, Pass, PassContext, PassResult, Remark
 from ..context import maximum_length, reads_tokens
@@ -363,7 +364,7 @@ def _put_back(
 
 
 def _healed(name: str) -> str:
-    return name if ".healed" in name else f"{name}.healed"
+    return name if last_made(name, "healed") else f"{name}.healed"
 
 
 def _summary(record: Record, steps: int, batches: Batches, count: int) -> str:

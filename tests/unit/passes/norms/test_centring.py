@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from modelathe.ir import FidelityError, Linear, Program, capture, insert_call
-from modelathe.passes import Canonicalize, FoldNorms, PassResult, QuantizeWeights
+from modelathe.passes import Canonicalize, CenterResidual, FoldNorms, PassResult, QuantizeWeights
 from modelathe.passes.consistency import judge_consistency
 from modelathe.passes.fidelity import judge_rounding
 from support.models import MODELS, canonical, module, perturb
@@ -157,7 +157,7 @@ def test_columns_of_the_head_have_no_mean() -> None:
     state = module("bare-norms").state_dict()
     for name in ("head.weight", "head.bias"):
         wide = state[name].double()
-        found = after.weights[f"{name}.centered_out"].load()
+        found = after.weights[f"{name}.centered_logits"].load()
         assert torch.equal(found, (wide - wide.mean(0, keepdim=True)).float())
 
 
@@ -250,3 +250,29 @@ def test_models_without_logits_are_left_alone() -> None:
 def test_an_option_that_does_nothing_is_a_mistake() -> None:
     with pytest.raises(ValueError, match="at least one of gains, center-readers, value-bias and"):
         FoldNorms(gains=False)
+
+
+def test_a_centred_weight_that_was_trained_is_centred_again() -> None:
+    before = READERS(canonical("bare-norms")).program.editable()
+    weight = linears(before)[0].weight
+    trained = before.weights[str(weight.target)].load() + 1
+    weight.target = before.add_weight(f"{weight.target}.healed", trained)
+    assert texts(checked(before, READERS)) == ["applied: layer_norm: rows of %linear centred"]
+
+
+class Tied(nn.Module):
+    """An embedding, a norm, and a head with the embedding's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = F.layer_norm(self.embed(x.argmax(-1)), [8])
+        return F.linear(found, self.embed.weight)
+
+
+def test_a_head_whose_table_was_centred_for_the_stream_is_centred_too() -> None:
+    before = CenterResidual()(small(Tied, "logits")).program
+    pass_ = FoldNorms(gains=False, center_logits=True, untie=True)
+    assert "applied: linear: mean over the vocabulary removed" in texts(checked(before, pass_))
