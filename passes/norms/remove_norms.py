@@ -125,6 +125,9 @@ class RemoveNorms(SwitchingPass):
         remarks = [Remark("missed", name, why) for name, why in missed.items()]
         if not sites:
             return PassResult(whole, tuple(remarks))
+        if self.end_of_text and "value" not in sites.values():
+            why = "no norm that can be frozen is read by values alone, so they get no constant"
+            remarks.append(Remark("missed", "end-of-text tokens", why))
         measured = self._measured(program, context, remarks)
         if self.schedule == "progressive":
             for key, norm in norms_by_key(program).items():

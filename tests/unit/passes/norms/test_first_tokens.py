@@ -11,6 +11,7 @@ from modelathe.ir import Norm, Program, TensorWeight, call_name
 from modelathe.passes import PassResult, RemoveNorms
 from modelathe.passes.analysis.norm_deviations import norm_deviations
 from modelathe.passes.consistency import judge_consistency
+from modelathe.passes.norms import remove_norms
 from modelathe.passes.norms.freezing import Constant
 from modelathe.passes.norms.remove_norms import frozen
 from modelathe.passes.probes import empty_cache, feeds
@@ -98,3 +99,15 @@ def test_first_tokens_are_not_special_where_a_cache_hides_which_they_are() -> No
     (why,) = [r for r in result.remarks if "reads no positions" in r.message]
     assert why.where == "decoder"
     judge_consistency(canonical("t5"), result.program, "remove-norms")
+
+
+def test_end_of_text_tokens_without_a_path_to_values_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def said() -> bool:
+        result = RemoveNorms(untie=True, end_of_text=True)(canonical("gpt2"), context())
+        return any(r.kind == "missed" and r.where == "end-of-text tokens" for r in result.remarks)
+
+    assert not said()
+    monkeypatch.setattr(remove_norms, "split_fused", lambda program, graph: [])
+    assert said()
