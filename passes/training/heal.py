@@ -63,7 +63,8 @@ class Heal(Pass):
     MODELATHE_CACHE names (``none``: nowhere), at most 256 MB of it; the folder may be deleted.  5 %
     of both are never trained on; they judge the run twelve times, and the best weights are kept.
 
-    Training is in float32 whatever the program's dtype; trained weights go back rounded to the
+    Training is in float32 whatever the program's dtype, and on the CPU: on another device only the
+    untouched model runs.  Trained weights go back rounded to the
     dtype that they had, tied ones still tied.  Calls that an earlier pass marked for it
     (``schedule=progressive``) are turned on the way.  After ``remove-norms`` the loss has a term
     that keeps tokens at one deviation s, which a frozen norm needs, on the residual stream behind
@@ -154,6 +155,8 @@ class Heal(Pass):
             )
 
     def run(self, program: Program, context: PassContext) -> PassResult:
+        if context.device != "cpu":
+            context.progress.note(f"heal trains on the CPU; {context.device} runs the teacher only")
         original = context.reference(program)
         batches = self._batches(program, context)
         trainee = program.editable()
