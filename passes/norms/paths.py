@@ -24,6 +24,7 @@ from ...ir import (
     marks_of,
 )
 from ...ir.calls import argument, aten
+from ..training.switches import SWITCH
 from .gains import bias_name, hand_on
 
 PART = "part"
@@ -87,10 +88,11 @@ def split_fused(program: Program, graph: fx.Graph) -> list[fx.Node]:
     """
     paths = Paths.of(graph)
     made = []
-    for node in list(paths.query_key & paths.value):
+    rows: dict[tuple[str, tuple[int, int]], str] = {}
+    for node in [node for node in graph.nodes if node in paths.query_key & paths.value]:
         parts = _parts(node)
         if parts is not None and (value := _value_part(graph, parts)) is not None:
-            made.append(_split(program, graph, node, parts, value))
+            made.append(_split(program, graph, node, parts, value, rows))
     return made
 
 
@@ -131,7 +133,12 @@ def _among(parts: list[fx.Node], nodes: set[fx.Node]) -> set[int]:
 
 
 def _split(
-    program: Program, graph: fx.Graph, node: fx.Node, parts: list[fx.Node], value: int
+    program: Program,
+    graph: fx.Graph,
+    node: fx.Node,
+    parts: list[fx.Node],
+    value: int,
+    made_rows: dict[tuple[str, tuple[int, int]], str],
 ) -> fx.Node:
     """Replace a fused linear by one for each part; queries and keys keep one if they are first."""
     linear = Linear.match(node)
@@ -142,7 +149,7 @@ def _split(
     for number, part in enumerate(parts):
         rows = (number * size, (number + 1) * size)
         weights = [
-            None if source is None else _rows(program, graph, source, rows, node)
+            None if source is None else _rows(program, source, rows, node, made_rows)
             for source in (linear.weight, linear.bias)
         ]
         new = insert_call(
@@ -157,8 +164,16 @@ def _split(
 
 
 def _rows(
-    program: Program, graph: fx.Graph, source: fx.Node, rows: tuple[int, int], before: fx.Node
+    program: Program,
+    source: fx.Node,
+    rows: tuple[int, int],
+    before: fx.Node,
+    made: dict[tuple[str, tuple[int, int]], str],
 ) -> fx.Node:
+    """Return some rows of a weight; linears that share it share them, too."""
+    key = str(source.target), rows
+    if key in made:
+        return program.weight_node(before.graph, made[key], before=before)
     weight, name = program.weight(source), f"{source.target}.rows{rows[0]}"
     first, last = rows
 
@@ -167,7 +182,8 @@ def _rows(
 
     shape = (last - first, *weight.shape[1:])
     part = ComputedWeight(f"rows {first} {last}", (weight,), shape, weight.dtype, cut)
-    return program.weight_node(graph, program.add_weight(name, part), before=before)
+    made[key] = program.add_weight(name, part)
+    return program.weight_node(before.graph, made[key], before=before)
 
 
 def path_of_norm(graph: fx.Graph, norm: Norm) -> Path:
@@ -199,16 +215,15 @@ def separate(graph: fx.Graph, norm: Norm) -> None:
 def rejoin(program: Program, graph: fx.Graph) -> None:
     """Make norms with the same input, gain and bias one again, and linears that one was split into.
 
-    Those stay apart whose inputs differ by now.
+    Those stay apart whose inputs differ by now, and norms that wait for ``heal``.
     """
     seen: dict[tuple[object, ...], fx.Node] = {}
     for node in list(graph.nodes):
         norm = Norm.match(node)
-        if norm is None:
+        if norm is None or SWITCH in marks_of(node):
             continue
         names = tuple(part and part.target for part in (norm.gain, norm.bias))
-        marks = tuple(sorted(marks_of(node).items()))
-        first = seen.setdefault((node.target, norm.input, norm.eps, *names, marks), node)
+        first = seen.setdefault((node.target, norm.input, norm.eps, *names), node)
         if first is not node:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
@@ -218,22 +233,32 @@ def rejoin(program: Program, graph: fx.Graph) -> None:
         if linear is not None and text is not None:
             wholes[text, linear.input, linear.bias is None].append(linear)
             mark(node, PART, None)
+    made: dict[tuple[str, ...], str] = {}
     for (text, _, _), parts in wholes.items():
         count, _, name = text.partition(" of ")
         if len(parts) == int(count):
-            _join(program, name, parts)
+            _join(program, name, parts, made)
 
 
-def _join(program: Program, name: str, parts: list[Linear]) -> None:
-    """Replace linears with one input by one, whose output is cut into theirs."""
+def _join(
+    program: Program, name: str, parts: list[Linear], made_weights: dict[tuple[str, ...], str]
+) -> None:
+    """Replace linears with one input by one, whose output is cut into theirs.
+
+    Those that share their weights share the joined ones, too.
+    """
     first = parts[0]
     graph, place = first.node.graph, first.node
 
     def joined(sources: list[fx.Node], name: str) -> fx.Node:
+        key = tuple(str(source.target) for source in sources)
+        if key in made_weights:
+            return program.weight_node(graph, made_weights[key], before=place)
         rows = [program.weight(source) for source in sources]
         shape = (sum(row.shape[0] for row in rows), *rows[0].shape[1:])
         whole = ComputedWeight("join rows", rows, shape, rows[0].dtype, _stacked)
-        return program.weight_node(graph, program.add_weight(name, whole), before=place)
+        made_weights[key] = program.add_weight(name, whole)
+        return program.weight_node(graph, made_weights[key], before=place)
 
     call = partial(insert_call, graph, before=place, like=place)
     weight = joined([part.weight for part in parts], f"{name}.joined")

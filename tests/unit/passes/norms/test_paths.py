@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import fx
 
 from modelathe.ir import Linear, Norm, Program, mark, marks_of
+from modelathe.passes import TieBlocks
 from modelathe.passes.norms.paths import path_of_norm, rejoin, separate, split_fused
 from modelathe.passes.probes import probe
+from modelathe.passes.training.switches import SWITCH
 from support.models import canonical
 from support.numeric import assert_same_bits
+from support.training import context
 
 
 def linears(program: Program) -> list[fx.Node]:
@@ -51,14 +53,28 @@ def test_the_paths_of_norms_are_found_in_the_graph() -> None:
     assert found == ["query-key", "mlp"] * 2 + ["final"]
 
 
-@pytest.mark.parametrize(("text", "left"), [("one", 1), ("another", 2)])
-def test_norms_that_wait_for_something_else_stay_apart(text: str, left: int) -> None:
+def test_norms_that_wait_for_healing_stay_apart() -> None:
     program = canonical("gpt2").editable()
     first = norms(program)[0]
     split_fused(program, program.graph)
     separate(program.graph, first)
     parts = [norm for norm in norms(program) if norm.input is first.input]
-    for norm, waits in zip(parts, ("one", text), strict=True):
-        mark(norm.node, "switch", waits)
+    for norm in parts:
+        mark(norm.node, SWITCH, "a pass")
     rejoin(program, program.graph)
-    assert len([norm for norm in norms(program) if norm.input is first.input]) == left
+    assert [norm for norm in norms(program) if norm.input is first.input] == parts
+    assert len(parts) == 2
+
+
+def test_linears_that_share_a_weight_share_its_parts_and_the_joined_one() -> None:
+    tied = TieBlocks(unique=1)(canonical("gpt2"), context()).program
+    split = tied.editable()
+
+    def new() -> int:
+        read = (Linear.match(node) for node in linears(split))
+        return len({str(linear.weight.target) for linear in read if linear} - set(tied.weights))
+
+    split_fused(split, split.graph)
+    assert new() == 3
+    rejoin(split, split.graph)
+    assert new() == 1
