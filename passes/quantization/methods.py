@@ -99,6 +99,7 @@ def recipe_for(
     return replace(PUBLISHED["rtn"], **settings), "there is no calibration text that it could read"
 
 
+_STEADY = 1e-4  # of the mean power, is added to moments that scales are fitted on
 _REFITS = 3  # how often scales are chosen again
 _SWEEPS = 2  # of coordinate descent between two of them
 
@@ -175,9 +176,10 @@ def solve(name: str, weight: Tensor, moments: Moments, qtype: QuantType, recipe:
     beside, levels = _parted(found, free, columns, weight.dtype)
     found = torch.where(free, beside, found)
     back = torch.argsort(order)
-    # undamped, scales of columns that read next to nothing could become anything
+    # Undamped, scales of columns that read next to nothing could become anything; damped as the
+    # sweeps are, they would fit held-out inputs worse.
     steady = natural.clone()
-    steady.diagonal().add_(recipe.damping * power.mean())
+    steady.diagonal().add_(_STEADY * power.mean())
     for turn in range(_REFITS if recipe.refit else 0):
         if turn:
             found = quantease(target, matrix, found, decide, _SWEEPS, relax=False)
