@@ -230,7 +230,9 @@ def test_auto_says_what_it_took_and_why() -> None:
 
 def test_auto_chooses_no_codes_by_random_tokens() -> None:
     found = quantizer(only=("*layer.0*",))(canonical("bert"), PassContext(calibration="self"))
-    assert str(found.remarks[0]).startswith("applied: method: rtn: there is no calibration text")
+    assert str(found.remarks[0]).startswith(
+        "applied: quantize-weights: rtn: there is no calibration text"
+    )
 
 
 def test_published_methods_are_the_published_ones() -> None:

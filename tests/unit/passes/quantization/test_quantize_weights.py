@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modelathe.ir import PassError, Program, QuantizedEmbedding, QuantizedLinear, fingerprint
+from modelathe.ir import (
+    PassError,
+    Program,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    TensorWeight,
+    fingerprint,
+)
 from modelathe.ir.quant import QuantType, quantize
 from modelathe.passes.context import PassContext
 from modelathe.passes.quantization import QuantizeWeights, store
@@ -227,11 +234,12 @@ def test_a_remark_has_the_error_and_the_bytes() -> None:
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_weight_that_is_not_finite_is_named(bad: float) -> None:
-    model = tiny_model(1)
-    with torch.no_grad():
-        model.get_parameter("layers.0.up.weight")[3, 5] = bad
+    program = tiny_program(tiny_model(1)).editable()
+    value = program.weights["layers.0.up.weight"].load().clone()
+    value[3, 5] = bad
+    program.weights.put("layers.0.up.weight", TensorWeight(value))
     with pytest.raises(PassError, match=r"@layers\.0\.up\.weight: the weight holds nan or inf"):
-        QuantizeWeights()(tiny_program(model))
+        QuantizeWeights()(program)
 
 
 @pytest.mark.parametrize(
