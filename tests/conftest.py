@@ -7,6 +7,8 @@ from hypothesis import settings
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Tests leave the user's own cache alone.
 os.environ["MODELATHE_CACHE"] = "none"
+# Files of tests run side by side, on tiny models: more threads each would wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The tokenizers' threads warn when a test forks after using them.
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # A busy machine is no failure, and a red run must be red again.
