@@ -30,16 +30,20 @@ def tiny_bert(dtype: torch.dtype = torch.float32) -> nn.Module:
     return model
 
 
+# The smallest encoder and decoder, as bart and those that are named like it count them.
+TINY_SIDES = {
+    "d_model": 16,
+    **{
+        f"{side}_{name}": count
+        for side in ("encoder", "decoder")
+        for name, count in {"layers": 1, "ffn_dim": 16, "attention_heads": 2}.items()
+    },
+}
 _SEQ2SEQ = {
+    **TINY_SIDES,
     "vocab_size": 24,
     "decoder_vocab_size": 24,
     "max_position_embeddings": 16,
-    "d_model": 16,
-    **{
-        f"{part}_{name}": count
-        for part in ("encoder", "decoder")
-        for name, count in {"layers": 1, "ffn_dim": 16, "attention_heads": 2}.items()
-    },
     "pad_token_id": 0,
     "decoder_start_token_id": 0,
     "forced_eos_token_id": 1,

@@ -9,17 +9,13 @@ import torch
 from modelathe.ir import Program, capture
 from modelathe.passes import PassContext, TokenWindows
 from modelathe.passes.outputs import graph_inputs, runner, token_batch
+from support.folders import TINY_SIDES
 from support.listener import Listener
 from support.models import Transformer
 
 _SIZES = {
+    **TINY_SIDES,
     "vocab_size": 16,
-    "d_model": 16,
-    **{
-        f"{part}_{name}": count
-        for part in ("encoder", "decoder")
-        for name, count in {"layers": 1, "ffn_dim": 16, "attention_heads": 2}.items()
-    },
     "num_mel_bins": 4,
     "max_source_positions": 6,
     "max_target_positions": 16,
