@@ -28,8 +28,12 @@ class ProgramSession(Session):
         folder: Path,
         manifest: Mapping[str, Any],
         dtype: torch.dtype | None = None,
+        *,
+        threads: int = 0,
     ) -> None:
         super().__init__(folder, manifest, program.config)
+        if threads:
+            torch.set_num_threads(threads)
         self.program, self.dtype = program, dtype
         self.settings = {
             "runtime": f"torch {torch.__version__}",
@@ -45,8 +49,6 @@ class ProgramSession(Session):
 
         As a reference it computes in float32: a 16-bit model's own rounding is not the artifact's.
         """
-        if threads:
-            torch.set_num_threads(threads)
         folder = program.origin.folder or Path()
         manifest = {
             "kind": program.kind,
@@ -55,7 +57,7 @@ class ProgramSession(Session):
             "signatures": program_signatures(program),
             "files": {},
         }
-        return cls(program, folder, manifest, dtype)
+        return cls(program, folder, manifest, dtype, threads=threads)
 
     @classmethod
     def open(
@@ -69,9 +71,7 @@ class ProgramSession(Session):
         """Open an artifact folder that holds a program, or a model to capture."""
         from ..ir import capture
 
-        if threads:
-            torch.set_num_threads(threads)
-        return cls(capture(folder, report=report), folder, manifest)
+        return cls(capture(folder, report=report), folder, manifest, threads=threads)
 
     def _execute(
         self, graph: str, feeds: Mapping[str, Any], sizes: Mapping[str, int]
