@@ -170,11 +170,11 @@ def test_a_model_equals_the_program_that_a_plain_run_writes(
 
 
 def test_other_numbers_in_the_same_graph_are_a_difference(
-    llama: Path, cli: Cli, tmp_path: Path
+    llama: Path, cli: Cli, work: Path
 ) -> None:
     from safetensors.torch import load_file, save_file
 
-    other = tmp_path / "other"
+    other = work / "other-numbers"
     shutil.copytree(llama, other)
     tensors = load_file(other / "model.safetensors")
     tensors["model.norm.weight"][3] += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,23 +18,21 @@ from modelathe.passes import Canonicalize, Equalize, FoldNorms, PruneBlocks
 from .folders import write_folder
 from .models import _GPT2, _LLAMA, _SIZES, _SPECIAL, Transformer, context, perturb
 
-BLOCKS, KEPT = 4, (0, 3)
-_FOUR = {"num_hidden_layers": BLOCKS}
+BLOCKS, KEPT = 3, (0, 2)
+_DEEP = {"num_hidden_layers": BLOCKS}
 _CAUSAL = "AutoModelForCausalLM"
 SHAPES: Mapping[str, Transformer] = {
-    "llama": Transformer(_CAUSAL, "llama", {**_LLAMA, **_FOUR, "tie_word_embeddings": True}),
+    "llama": Transformer(_CAUSAL, "llama", {**_LLAMA, **_DEEP, "tie_word_embeddings": True}),
     "gpt2": Transformer(_CAUSAL, "gpt2", {**_GPT2, **_SPECIAL, "n_layer": BLOCKS}),
-    # a head of its own, into which the last norm is folded
-    "qwen3": Transformer(
-        _CAUSAL, "qwen3", {**_LLAMA, **_FOUR, "head_dim": 8, "tie_word_embeddings": False}
+    # gains written 1 + w; a head of its own, into which the last norm is folded
+    "gemma": Transformer(
+        _CAUSAL, "gemma", {**_LLAMA, **_DEEP, "head_dim": 8, "tie_word_embeddings": False}
     ),
-    # gains written 1 + w
-    "gemma": Transformer(_CAUSAL, "gemma", {**_LLAMA, **_FOUR, "head_dim": 8}),
-    "bert": Transformer("AutoModel", "bert", {**_SIZES, **_FOUR}),
+    "bert": Transformer("AutoModel", "bert", {**_SIZES, **_DEEP}),
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trip:
     """A model that went through passes and back.
 
@@ -42,14 +41,17 @@ class Trip:
         folder: what was written.
         loaded: what ``from_pretrained`` makes of the folder.
         told: what it says about keys.
-        again: the folder, captured.
     """
 
     program: Program
     folder: Path
     loaded: Any
     told: Mapping[str, Any]
-    again: Program
+
+    @functools.cached_property
+    def again(self) -> Program:
+        """The folder, captured."""
+        return capture(self.folder)
 
 
 def model_folder(name: str, folder: Path) -> Path:
@@ -61,12 +63,12 @@ def model_folder(name: str, folder: Path) -> Path:
 
 
 def changed(folder: Path) -> Program:
-    """Return a model folded, equalised in its first block, without two, and with other weights."""
+    """Return a model folded, equalised in its first block, without the second, and with other weights."""
     program = Canonicalize()(capture(folder)).program
     program = FoldNorms()(program).program
     program = Equalize(kind="smooth", grid=1, only=("0",))(program, context()).program
     assert any(name.endswith("equalized") for name in program.weights)
-    return healed(PruneBlocks(blocks=(1, 2))(program).program)
+    return healed(PruneBlocks(blocks=(1,))(program).program)
 
 
 def healed(program: Program) -> Program:
@@ -98,7 +100,7 @@ def round_trip(program: Program, folder: Path) -> Trip:
     Checkpoint().lower(program, check=False).save(folder)
     kind: Any = getattr(transformers, program.config["architectures"][0])
     loaded, told = kind.from_pretrained(folder, output_loading_info=True)
-    return Trip(program, folder, loaded.eval(), told, capture(folder))
+    return Trip(program, folder, loaded.eval(), told)
 
 
 def linear_at(graph: fx.Graph, path: str) -> fx.Node:

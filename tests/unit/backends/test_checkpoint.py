@@ -1,4 +1,4 @@
-"""Round trips: fold, equalise a block, prune two, change every weight, write, load."""
+"""Round trips: fold, equalise a block, prune one, change every weight, write, load."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from support.checkpoints import (
     round_trip,
 )
 from support.feeds import decoder_outputs, feed, plain_outputs
+from support.folders import write_folder
+from support.models import module
 from support.numeric import assert_same_bits, rounding, worst_error
 
 
@@ -114,7 +116,7 @@ def test_the_artifact_is_checked_and_says_so(tmp_path: Path) -> None:
 
 def test_what_was_written_can_be_written_again(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
-    source = capture(model_folder("gpt2", tmp_path / "model"))
+    source = capture(write_folder(module("gpt2"), tmp_path / "model"))
     Checkpoint().lower(source, check=False).save(first)
     again = capture(first)
     Checkpoint().lower(again, check=False).save(second)
