@@ -14,7 +14,7 @@ import pytest
 
 from modelathe.cli import COMMANDS
 from modelathe.cli.boundary import explain, report
-from modelathe.ir import PassError, SpecSyntaxError, StorageError
+from modelathe.ir import PassError, StorageError
 
 Cli = Callable[..., Any]
 
@@ -92,10 +92,12 @@ def test_a_bad_option_is_sent_to_its_list(
 
 
 def test_a_traceback_is_printed_only_when_asked_for() -> None:
+    with pytest.raises(ValueError, match="x") as raised:
+        raise ValueError("x")
     for debug in (False, True):
         stream = io.StringIO()
-        report(ValueError("x"), debug=debug, stream=stream)
-        assert ("Traceback" in stream.getvalue()) == debug or "ValueError: x" in stream.getvalue()
+        report(raised.value, debug=debug, stream=stream)
+        assert ("Traceback" in stream.getvalue()) == debug
         assert stream.getvalue().endswith(
             "remedy: run it again with --debug and report what it prints\n"
         )
@@ -106,7 +108,6 @@ def test_a_mistake_in_a_pipeline_is_pointed_at(cli: Cli, tmp_path: Path) -> None
     assert (done.status, done.out) == (1, "")
     assert "did you mean 'fold-norms'?" in done.err
     assert "  fold-norm\n  ^" in done.err
-    assert isinstance(SpecSyntaxError("a", 0, "b"), Exception)
 
 
 @pytest.mark.parametrize(

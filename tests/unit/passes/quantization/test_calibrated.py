@@ -25,7 +25,7 @@ from modelathe.ir import (
 )
 from modelathe.passes import PassContext, QuantizeWeights
 from modelathe.passes.data import TokenWindows
-from modelathe.passes.quantization.methods import PUBLISHED, recipe_for
+from modelathe.passes.quantization.methods import PUBLISHED
 from modelathe.passes.quantization.readers import WIDTH, Shared, find_shared
 from modelathe.passes.quantization.sequential import Moments, in_sequence
 from modelathe.passes.quantization.store import Stored
@@ -235,13 +235,29 @@ def test_auto_chooses_no_codes_by_random_tokens() -> None:
     )
 
 
-def test_published_methods_are_the_published_ones() -> None:
-    for method, recipe in PUBLISHED.items():
-        assert recipe_for(method, {}, True)[0] is not None
-        assert (recipe.clip, recipe.act_order, recipe.refit) == ("none", False, False)
-        assert recipe.damping == (0.01 if "gptq" in method else 0.0)
-    assert PUBLISHED["quantease"].iterations == 30
-    assert PUBLISHED["quantease"].relax
+PLAIN = {"clip": "none", "act_order": False, "refit": False}
+SWEEPS = {"iterations": 30, "relax": True}
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("gptq", {"damping": 0.01}),
+        ("quantease", {**SWEEPS, "damping": 0.0}),
+        ("gptq-quantease", {**SWEEPS, "damping": 0.01}),
+    ],
+)
+def test_published_methods_store_what_their_published_settings_do(
+    method: Any, settings: dict[str, Any]
+) -> None:
+    bare, spelled = (
+        quantizer(method=method, bits=3, only=("layers.0",), **options)
+        for options in ({}, {**PLAIN, **settings})
+    )
+    program = canonical("llama")
+    found, expected = (codes(pass_(program, context()).program) for pass_ in (bare, spelled))
+    for name, stored in expected.items():
+        assert found[name].load().dequantize().equal(stored.load().dequantize()), name
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from modelathe.passes import (
     TieBlocks,
 )
 from modelathe.passes.outputs import predictions, runner, token_batch
+from modelathe.passes.training.batches import training_batches
 from modelathe.passes.training.trainer import distance
 from support.listener import Listener
 from support.models import canonical
@@ -38,7 +39,9 @@ def judged(result: PassResult) -> float:
 
 def measured(result: PassResult, before: Program) -> float:
     """Return the loss of the program that came out, on the windows that judged it."""
-    windows = Heal(**SHORT)._batches(before, context()).held_out["text"]
+    sizes = {"tokens": SHORT["steps"] * SHORT["batch"], "batch": SHORT["batch"]}
+    batches = training_batches(before, context(), **sizes, length=SHORT["length"], mix=0.0)
+    windows = batches.held_out["text"]
     original = context().reference(before)
     expected, found = (
         predictions(program, token_batch(program, windows), runner(program))
