@@ -13,6 +13,7 @@ from modelathe.ir import Norm, capture
 from modelathe.passes import Canonicalize, CenterResidual, FoldNorms, Pass
 from modelathe.passes.fidelity import judge_rounding
 from support.numeric import EXACT, relative_error, rounding
+from support.views import views
 
 F = nn.functional
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -131,5 +132,5 @@ def test_every_rewrite_keeps_the_function(
         assert judge_rounding(program, result.program, "here", pass_.kept).error <= EXACT
         program = result.program
 
-    norms = [norm for node in program.graph.nodes if (norm := Norm.match(node))]
+    norms = views(Norm, program)
     assert [(norm.kind, norm.gain, norm.bias) for norm in norms] == [("rms", None, None)] * 3

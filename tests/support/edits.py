@@ -19,6 +19,7 @@ from modelathe.ir import (
     path_of,
 )
 from modelathe.ir.quant import pack, unpack
+from support.views import views
 
 aten = torch.ops.aten
 CACHE = "past_key_values.0.key"
@@ -32,16 +33,8 @@ def edit(function: Edit) -> Edit:
     return function
 
 
-def linears(graph: fx.Graph) -> list[Linear]:
-    return [view for node in graph.nodes if (view := Linear.match(node))]
-
-
 def linear_at(graph: fx.Graph, path: str) -> Linear:
-    return next(view for view in linears(graph) if path_of(view.node).endswith(path))
-
-
-def attentions(graph: fx.Graph) -> list[Attention]:
-    return [view for node in graph.nodes if (view := Attention.match(node))]
+    return next(view for view in views(Linear, graph) if path_of(view.node).endswith(path))
 
 
 def replace_weight(found: Program, view: Linear, value: Tensor) -> None:
@@ -71,7 +64,7 @@ def swap_heads(found: Program, graph: fx.Graph) -> None:
 
 @edit
 def move_epsilon(found: Program, graph: fx.Graph) -> None:
-    norm = [view for node in graph.nodes if (view := Norm.match(node))][-1]
+    norm = views(Norm, graph)[-1]
     args = list(norm.node.args)
     args[-1 if norm.kind == "rms" else 4] = 1e-3
     norm.node.args = tuple(args)
@@ -105,7 +98,7 @@ def grow_the_cache_in_front(found: Program, graph: fx.Graph) -> None:
 
 @edit
 def ignore_the_mask(found: Program, graph: fx.Graph) -> None:
-    view = attentions(graph)[0]
+    view = views(Attention, graph)[0]
     view.node.args = (view.query, view.key, view.value)
 
 
@@ -130,7 +123,7 @@ def move_positions(found: Program, graph: fx.Graph) -> None:
 @edit
 def turn_queries_one_position_further(found: Program, graph: fx.Graph) -> None:
     """The rotary angle of the queries, and not of the keys, is that of the next position."""
-    query = Rotary.match(attentions(graph)[0].query)
+    query = Rotary.match(views(Attention, graph)[0].query)
     assert query is not None
     turned = insert_call(
         graph, aten.add.Tensor, (query.cos.args[0], 1.0), before=query.node, like=query.cos
@@ -147,7 +140,7 @@ def another_gelu(found: Program, graph: fx.Graph) -> None:
 
 @edit
 def forget_the_scale(found: Program, graph: fx.Graph) -> None:
-    node = attentions(graph)[1].node
+    node = views(Attention, graph)[1].node
     node.kwargs = {**node.kwargs, "scale": 1.0}
 
 
@@ -163,7 +156,7 @@ def cut_the_residual(found: Program, graph: fx.Graph) -> None:
 def write_in_place(found: Program, graph: fx.Graph) -> None:
     name = found.add_weight("fresh", torch.ones(8))
     found.weight(name).load().mul_(2)
-    view = linears(graph)[0]
+    view = views(Linear, graph)[0]
     scale = found.weight_node(graph, name, before=view.node)
     call = insert_call(
         graph, aten.mul.Tensor, (view.input, scale), before=view.node, like=view.node
@@ -173,14 +166,14 @@ def write_in_place(found: Program, graph: fx.Graph) -> None:
 
 @edit
 def untie(found: Program, graph: fx.Graph) -> None:
-    head = linears(graph)[-1]
+    head = views(Linear, graph)[-1]
     replace_weight(found, head, found.weight(head.weight).load().clone())
 
 
 def quantized(graph: fx.Graph, path: str) -> QuantizedLinear:
     """Return the quantised linear of a module."""
-    views = [view for node in graph.nodes if (view := QuantizedLinear.match(node))]
-    return next(view for view in views if path_of(view.node).endswith(path))
+    calls = views(QuantizedLinear, graph)
+    return next(call for call in calls if path_of(call.node).endswith(path))
 
 
 def replace_part(found: Program, view: QuantizedLinear, part: fx.Node, value: Tensor) -> None:
@@ -237,7 +230,7 @@ def input_of_a_neighbour(found: Program, graph: fx.Graph) -> None:
 @edit
 def norms_of_a_neighbour(found: Program, graph: fx.Graph) -> None:
     """The first block reads the gain of the second one's norm."""
-    first, second = [view for node in graph.nodes if (view := Norm.match(node))][:2]
+    first, second = views(Norm, graph)[:2]
     assert first.gain is not None
     assert second.gain is not None
     gain = found.weight_node(graph, str(second.gain.target), before=first.node)

@@ -42,3 +42,8 @@ def worst_error(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
     """Return the largest relative error of named tensors."""
     assert list(actual) == list(expected)
     return max(relative_error(value, actual[name]) for name, value in expected.items())
+
+
+def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return seeded normal numbers with a deviation of 3."""
+    return 3 * torch.randn(*shape, generator=torch.Generator().manual_seed(3)).to(dtype)

@@ -5,15 +5,12 @@ import torch
 from torch import Tensor
 
 from modelathe.ir.activations import WIDTHS, dynamic_step
+from support.numeric import numbers
 
 round_activations = torch.ops.modelathe.round_activations
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 every_width = pytest.mark.parametrize("bits", WIDTHS)
 SCALE, ZERO = torch.tensor(0.05), torch.tensor(40, dtype=torch.uint8)
-
-
-def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return 3 * torch.randn(*shape, generator=torch.Generator().manual_seed(3)).to(dtype)
 
 
 @every_width

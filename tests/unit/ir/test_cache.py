@@ -12,14 +12,11 @@ from modelathe.ir.cache import (
     quantize_cache,
     unpack_planes,
 )
+from support.numeric import numbers
 
 ops = torch.ops.modelathe
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 every_width = pytest.mark.parametrize("bits", WIDTHS)
-
-
-def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return 3 * torch.randn(*shape, generator=torch.Generator().manual_seed(3)).to(dtype)
 
 
 def levels(x: Tensor, bits: int) -> Tensor:

@@ -10,6 +10,7 @@ from modelathe.passes.blame import first_wrong_node, place_of
 from modelathe.passes.fidelity import EXACT, judge_rounding
 from modelathe.passes.probes import probe, probes
 from support.models import MODELS, WINDOW, canonical, program
+from support.views import views
 
 aten = torch.ops.aten
 
@@ -45,7 +46,7 @@ def test_whatever_indexes_a_table_is_random_and_in_range() -> None:
 def test_blame_passes_over_what_readers_make_up_for() -> None:
     """Two edits that cancel, and one that does not: the third is named."""
     before, copy = canonical("norm-mlp"), canonical("norm-mlp").editable()
-    up, down = [view for node in copy.graph.nodes if (view := Linear.match(node))]
+    up, down = views(Linear, copy)
     for view, factor, name in ((up, 2.0, "twice"), (down, 0.5, "half")):
         for part in (view.weight, view.bias) if view is up else (view.weight,):
             assert part is not None

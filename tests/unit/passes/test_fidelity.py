@@ -10,12 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modelathe.ir import (
-    DataError,
-    FidelityError,
-    Linear,
-    Program,
-)
+from modelathe.ir import DataError, FidelityError, Linear, Program
 from modelathe.passes import Budget, Measured
 from modelathe.passes.consistency import judge_consistency, judge_finite
 from modelathe.passes.fidelity import (
@@ -30,6 +25,7 @@ from modelathe.passes.fidelity import (
 )
 from support.edits import EDITS
 from support.models import canonical, context, program
+from support.views import views
 
 NAN, INF = float("nan"), float("inf")
 aten = torch.ops.aten
@@ -38,7 +34,7 @@ aten = torch.ops.aten
 def scaled(name: str, factor: float, which: int = 0) -> Program:
     """A copy in which the weight of one linear is multiplied by a factor."""
     copy = canonical(name).editable()
-    view = [view for node in copy.graph.nodes if (view := Linear.match(node))][which]
+    view = views(Linear, copy)[which]
     value = copy.weight(view.weight).load() * factor
     added = copy.add_weight("scaled", value)
     view.set_weights(copy.weight_node(copy.graph, added, before=view.node), view.bias)

@@ -13,6 +13,7 @@ from torch import Tensor
 from modelathe.ir import FidelityError, Linear, Program, insert_call
 from modelathe.passes import Fidelity, Pass, PassContext, PassResult, Pipeline, Remark
 from support.models import canonical, context
+from support.views import views
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ class Shift(Pass):
     by: float = 1.0
 
     def run(self, program: Program, context: PassContext) -> PassResult:
-        head = [view for node in program.graph.nodes if (view := Linear.match(node))][-1].node
+        head = views(Linear, program)[-1].node
         end = program.graph.output_node()
         moved = insert_call(
             program.graph, torch.ops.aten.add.Tensor, (head, self.by), before=end, like=head

@@ -21,6 +21,7 @@ from modelathe.passes.cache.widths import CANDIDATES, read_table
 from modelathe.passes.fidelity import Reference
 from modelathe.passes.outputs import graph_inputs, runner
 from support.models import canonical, context
+from support.views import views
 
 BITS = [keys + values for keys, values in CANDIDATES]
 
@@ -44,7 +45,7 @@ def test_errors_are_those_of_attention_with_rounded_keys_and_values(model: str) 
     inputs = graph_inputs(program, "main", windows(), runner(program))
     program.run(inputs, observe=values.__setitem__, dtype=torch.float32)
     errors = attention_errors(program, context(), "main", windows())
-    calls = [view for node in program.graph.nodes if (view := Attention.match(node))]
+    calls = views(Attention, program)
     for row, call in enumerate(calls):
         q, k, v = (values[part] for part in (call.query, call.key, call.value))
         for column, (keys, numbers) in enumerate(CANDIDATES):

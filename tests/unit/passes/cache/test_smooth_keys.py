@@ -25,6 +25,7 @@ from modelathe.passes.probes import empty_cache, feeds, next_cache
 from support.feeds import feed
 from support.models import LENGTH, VOCABULARY, Case, Transformer, canonical, context
 from support.numeric import EXACT, relative_error
+from support.views import views
 
 _SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
 _HEADS = {"num_attention_heads": 4, "max_position_embeddings": LENGTH, "intermediate_size": 48}
@@ -187,7 +188,7 @@ def test_quantised_linears_and_caches_are_left_alone() -> None:
 
 def test_a_weight_that_something_else_reads_is_left_alone() -> None:
     program = given("llama").editable()
-    linears = [view for node in program.graph.nodes if (view := Linear.match(node))]
+    linears = views(Linear, program)
     other = next(view for view in linears if "o_proj" in str(view.weight.target))
     query = next(view for view in linears if "q_proj" in str(view.weight.target))
     other.set_weights(query.weight, None)
@@ -197,8 +198,7 @@ def test_a_weight_that_something_else_reads_is_left_alone() -> None:
 
 def test_keys_that_a_linear_reads_too_are_left_alone() -> None:
     program = canonical("cached-attention").editable()
-    views = [view for node in program.graph.nodes if (view := Linear.match(node))]
-    by_name = {str(view.weight.target): view for view in views}
+    by_name = {str(view.weight.target): view for view in views(Linear, program)}
     keys, values = by_name["k.weight"], by_name["v.weight"]
     values.node.replace_input_with(values.input, keys.node)
     before = program.editable()
@@ -222,7 +222,7 @@ def test_it_lowers_what_rounding_keys_costs() -> None:
     program = given("gpt2").editable()
     factors = torch.ones(96)
     factors[0:32:8], factors[32:64:8] = 1 / 16, 16
-    fused = [view for node in program.graph.nodes if (view := Linear.match(node))]
+    fused = views(Linear, program)
     for linear in (view for view in fused if "c_attn" in str(view.weight.target)):
         assert linear.bias is not None
         values = [program.weight(part).load() for part in (linear.weight, linear.bias)]
@@ -247,7 +247,7 @@ def test_a_model_without_a_cache_is_an_error() -> None:
 def test_following_channels_fixes_what_meets_an_unknown_call() -> None:
     program = given("llama")
     entries = Entries.of(program, "main")
-    linears = [view for node in program.graph.nodes if (view := Linear.match(node))]
+    linears = views(Linear, program)
     value = next(view for view in linears if "v_proj" in str(view.weight.target))
     found = Channels.follow(program.graph, {value.node: number_last(value.node, 0)}, entries)
     reader: fx.Node | None = found.why_fixed(torch.arange(16), torch.arange(16))

@@ -12,6 +12,7 @@ from modelathe.passes import Canonicalize
 from support.feeds import SHAPES, feed
 from support.models import LENGTH, VOCABULARY, Transformer, perturb, program
 from support.numeric import EXACT, worst_error
+from support.views import views
 
 _SIZES = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2}
 _NEOX = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -35,8 +36,7 @@ def test_positions_stay_right_with_a_cache_and_behind_padding(name: str, turned:
     before = captured(name)
     result = Canonicalize()(before)
     assert "4 rotaries raised" in {remark.message for remark in result.remarks}
-    views = [view for node in result.program.graph.nodes if (view := Rotary.match(node))]
-    assert [view.turned for view in views] == [turned] * 4
+    assert [view.turned for view in views(Rotary, result.program)] == [turned] * 4
     padded = [feed(before, pads=3), feed(before, sequence=2, past=4, pads=2)]
     for inputs in (*padded, *(feed(before, batch=b, sequence=s, past=p) for b, s, p in SHAPES)):
         wide = [each.run(inputs, dtype=torch.float64) for each in (result.program, before)]

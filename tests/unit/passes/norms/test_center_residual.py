@@ -2,50 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from modelathe.ir import Norm, Program, capture
-from modelathe.passes import (
-    Canonicalize,
-    CenterResidual,
-    FoldNorms,
-    Pass,
-    PassResult,
-    QuantizeWeights,
-)
-from modelathe.passes.consistency import judge_consistency
-from modelathe.passes.fidelity import judge_rounding
-from support.models import MODELS, canonical, module, perturb
-from support.numeric import EXACT
+from modelathe.ir import Norm, Program
+from modelathe.passes import CenterResidual, FoldNorms, QuantizeWeights
+from support.exactness import checked
+from support.models import MODELS, canonical, module
+from support.small import small
+from support.views import views
 
 F = nn.functional
 
 
-def small(build: Callable[[], nn.Module], *inputs: Tensor) -> Program:
-    torch.manual_seed(0)
-    model = build().eval()
-    perturb(model)
-    return Canonicalize()(capture(model, inputs or (torch.ones(2, 3, 8),))).program
-
-
 def kinds(found: Program) -> list[str]:
-    nodes = [node for graph in found.graphs.values() for node in graph.nodes]
-    return [norm.kind for node in nodes if (norm := Norm.match(node))]
-
-
-def checked(before: Program, pass_: Pass) -> PassResult:
-    """Run a pass, check that it is exact, and that a second run does nothing more."""
-    result = pass_(before)
-    if result.modified:
-        assert judge_rounding(before, result.program, "here").error <= EXACT
-        judge_consistency(before, result.program, "here")
-        assert not pass_(result.program).modified
-    return result
+    return [norm.kind for norm in views(Norm, found)]
 
 
 @pytest.mark.parametrize(

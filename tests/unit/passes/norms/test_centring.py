@@ -9,43 +9,27 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modelathe.ir import FidelityError, Linear, Program, capture, insert_call
-from modelathe.passes import Canonicalize, CenterResidual, FoldNorms, PassResult, QuantizeWeights
-from modelathe.passes.consistency import judge_consistency
+from modelathe.ir import FidelityError, Linear, Program, insert_call
+from modelathe.passes import CenterResidual, FoldNorms, PassResult, QuantizeWeights
 from modelathe.passes.fidelity import judge_rounding
-from support.models import MODELS, canonical, module, perturb
-from support.numeric import EXACT
+from support.exactness import checked
+from support.models import MODELS, canonical, module
+from support.small import Build, small
+from support.views import views
 
 F = nn.functional
 READERS = FoldNorms(gains=False, center_readers=True)
 LOGITS = FoldNorms(gains=False, center_logits=True)
 
 
-def small(build: Callable[[], nn.Module], output: str = "output") -> Program:
-    torch.manual_seed(0)
-    model = build().eval()
-    perturb(model)
-    found = Canonicalize()(capture(model, (torch.ones(2, 3, 8),))).program
-    renamed = {name: s.renamed({"output": output}) for name, s in found.signatures.items()}
-    return replace(found, signatures=renamed)
-
-
-def checked(before: Program, pass_: FoldNorms) -> PassResult:
-    """Run the pass, check that it is exact, and that a second run does nothing more."""
-    result = pass_(before)
-    if result.modified:
-        assert judge_rounding(before, result.program, "here", pass_.kept).error <= EXACT
-        judge_consistency(before, result.program, "here")
-        assert not pass_(result.program).modified
-    return result
+def with_logits(build: Build) -> Program:
+    """Return a small module whose output is what a head makes."""
+    found = small(build)
+    return replace(found, signatures={"main": found.signature.renamed({"output": "logits"})})
 
 
 def texts(result: PassResult) -> list[str]:
     return [str(remark) for remark in result.remarks]
-
-
-def linears(found: Program) -> list[Linear]:
-    return [view for node in found.graph.nodes if (view := Linear.match(node))]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -192,7 +176,7 @@ class Head(nn.Module):
     "form", [lambda y: y * 0.0625, lambda y: y / 2.0, lambda y: y[:, -1:] * 3.0]
 )
 def test_factors_and_moves_keep_a_shift_a_shift(form: Callable[[Tensor], Tensor]) -> None:
-    assert checked(small(lambda: Head(form), "logits"), LOGITS).modified
+    assert checked(with_logits(lambda: Head(form)), LOGITS).modified
 
 
 @pytest.mark.parametrize(
@@ -209,14 +193,14 @@ def test_factors_and_moves_keep_a_shift_a_shift(form: Callable[[Tensor], Tensor]
 def test_anything_else_behind_the_head_does_not(
     form: Callable[[Tensor], Tensor], reason: str
 ) -> None:
-    result = LOGITS(small(lambda: Head(form), "logits"))
+    result = LOGITS(with_logits(lambda: Head(form)))
     assert not result.modified
     assert reason in texts(result)[0]
 
 
 def test_a_head_that_something_else_reads_is_refused() -> None:
-    found = small(lambda: Head(lambda y: y), "logits")
-    (head,) = linears(found)
+    found = with_logits(lambda: Head(lambda y: y))
+    (head,) = views(Linear, found)
     (values,) = found.graph.output_node().args
     assert isinstance(values, tuple)
     found.graph.output_node().args = ((*values, head.input),)
@@ -229,8 +213,8 @@ def test_a_head_that_something_else_reads_is_refused() -> None:
 
 
 def test_a_head_that_another_call_reads_is_refused() -> None:
-    found = small(lambda: Head(lambda y: y), "logits")
-    (head,) = linears(found)
+    found = with_logits(lambda: Head(lambda y: y))
+    (head,) = views(Linear, found)
     end = found.graph.output_node()
     squashed = insert_call(
         found.graph, torch.ops.aten.relu.default, (head.node,), before=end, like=end
@@ -254,7 +238,7 @@ def test_an_option_that_does_nothing_is_a_mistake() -> None:
 
 def test_a_centred_weight_that_was_trained_is_centred_again() -> None:
     before = READERS(canonical("bare-norms")).program.editable()
-    weight = linears(before)[0].weight
+    weight = views(Linear, before)[0].weight
     trained = before.weights[str(weight.target)].load() + 1
     weight.target = before.add_weight(f"{weight.target}.healed", trained)
     assert texts(checked(before, READERS)) == ["applied: layer_norm: rows of %linear centred"]
@@ -273,6 +257,6 @@ class Tied(nn.Module):
 
 
 def test_a_head_whose_table_was_centred_for_the_stream_is_centred_too() -> None:
-    before = CenterResidual()(small(Tied, "logits")).program
+    before = CenterResidual()(with_logits(Tied)).program
     pass_ = FoldNorms(gains=False, center_logits=True, untie=True)
     assert "applied: linear: mean over the vocabulary removed" in texts(checked(before, pass_))

@@ -12,20 +12,8 @@ from modelathe.ir import BatchNorm, Convolution, Linear, Program, TensorWeight, 
 from modelathe.passes import FoldBatchNorms, Pipeline
 from support.models import canonical, context, perturb, program
 from support.numeric import EXACT, relative_error, rounding, worst_error
-
-Build = Callable[[], nn.Module]
-
-
-def small(build: Build, *shape: int, dtype: torch.dtype = torch.float32) -> tuple[Program, Tensor]:
-    torch.manual_seed(0)
-    model = build().eval()
-    perturb(model)
-    x = torch.randn(shape).to(dtype)
-    return capture(model.to(dtype), (x,)), x
-
-
-def outputs(found: Program, x: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    return found.run({found.signature.inputs[0]: x}, dtype=dtype)
+from support.small import Build, captured_with_input, chain, outputs
+from support.views import views
 
 
 def assert_exact(before: Program, after: Program, x: Tensor) -> None:
@@ -33,10 +21,6 @@ def assert_exact(before: Program, after: Program, x: Tensor) -> None:
     assert worst_error(*wide) <= EXACT
     narrow = [outputs(each, x) for each in (after, before)]
     assert worst_error(*narrow) <= rounding(torch.float32, steps=256)  # 52 convolutions at most
-
-
-def norms(found: Program) -> list[BatchNorm]:
-    return [norm for node in found.graph.nodes if (norm := BatchNorm.match(node))]
 
 
 class Tokens(nn.Module):
@@ -61,11 +45,6 @@ class Pooled(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.head(self.pool(self.norm(torch.relu(x))))
         return result
-
-
-def chain(*parts: nn.Module) -> Build:
-    """Return what builds the parts in a row, as they are."""
-    return lambda: nn.Sequential(*parts)
 
 
 def pooled(pool: Callable[[Tensor], Tensor]) -> Build:
@@ -105,21 +84,21 @@ ON_OUTPUTS = {
 
 @pytest.mark.parametrize(("build", "shape"), ON_INPUTS.values(), ids=ON_INPUTS)
 def test_what_makes_its_input_takes_a_norm_in(build: Build, shape: tuple[int, ...]) -> None:
-    before, x = small(build, *shape)
+    before, x = captured_with_input(build, *shape)
     result = FoldBatchNorms()(before)
     assert {remark.kind for remark in result.remarks} == {"applied"}
     assert all("which makes its input" in remark.message for remark in result.remarks)
-    assert not norms(result.program)
+    assert not views(BatchNorm, result.program)
     assert_exact(before, result.program, x)
 
 
 @pytest.mark.parametrize(("build", "shape"), ON_OUTPUTS.values(), ids=ON_OUTPUTS)
 def test_what_reads_its_result_takes_a_norm_in(build: Build, shape: tuple[int, ...]) -> None:
-    before, x = small(build, *shape)
+    before, x = captured_with_input(build, *shape)
     result = FoldBatchNorms()(before)
     assert [remark.kind for remark in result.remarks] == ["applied"]
     assert "which reads it" in result.remarks[0].message
-    assert not norms(result.program)
+    assert not views(BatchNorm, result.program)
     assert_exact(before, result.program, x)
 
 
@@ -132,10 +111,10 @@ CHAINS = {
 
 @pytest.mark.parametrize(("parts", "count"), CHAINS.values(), ids=CHAINS)
 def test_norms_in_a_row_are_all_folded(parts: tuple[nn.Module, ...], count: int) -> None:
-    before, x = small(chain(*parts), *TWO)
+    before, x = captured_with_input(chain(*parts), *TWO)
     result = FoldBatchNorms()(before)
     assert [remark.kind for remark in result.remarks] == ["applied"] * count
-    assert not norms(result.program)
+    assert not views(BatchNorm, result.program)
     assert_exact(before, result.program, x)
 
 
@@ -153,22 +132,24 @@ class Twice(nn.Module):
 
 
 def test_a_shared_weight_stays_shared_where_all_calls_take_one_norm_in() -> None:
-    before, x = small(lambda: Twice(nn.Conv1d(4, 6, 2), nn.BatchNorm1d(6)), *ONE)
+    before, x = captured_with_input(lambda: Twice(nn.Conv1d(4, 6, 2), nn.BatchNorm1d(6)), *ONE)
     after = FoldBatchNorms()(before).program
-    assert not norms(after)
-    left, right = [conv for node in after.graph.nodes if (conv := Convolution.match(node))]
+    assert not views(BatchNorm, after)
+    left, right = views(Convolution, after)
     assert left.weight.target == right.weight.target
     assert_exact(before, after, x)
 
 
 def test_a_shared_weight_in_front_of_two_norms_is_refused_or_untied() -> None:
-    before, x = small(lambda: Twice(nn.Conv1d(4, 6, 2), nn.BatchNorm1d(6), nn.BatchNorm1d(6)), *ONE)
+    before, x = captured_with_input(
+        lambda: Twice(nn.Conv1d(4, 6, 2), nn.BatchNorm1d(6), nn.BatchNorm1d(6)), *ONE
+    )
     result = FoldBatchNorms()(before)
     assert [remark.kind for remark in result.remarks] == ["missed", "missed"]
     assert "the weight of %conv1d is also read by %conv1d_1" in result.remarks[0].message
     assert "untie=true to force" in result.remarks[0].message
     forced = FoldBatchNorms(untie=True)(before)
-    assert not norms(forced.program)
+    assert not views(BatchNorm, forced.program)
     assert "untied parts.0 from %conv1d_1: 192 bytes" in str(forced.remarks)
     assert_exact(before, forced.program, x)
 
@@ -187,7 +168,7 @@ class BothWays(nn.Module):
 
 
 def test_a_weight_with_its_axes_in_two_orders_cannot_stay_shared() -> None:
-    before, x = small(BothWays, *ONE)
+    before, x = captured_with_input(BothWays, *ONE)
     result = FoldBatchNorms()(before)
     assert [remark.kind for remark in result.remarks] == ["missed", "missed"]
     assert_exact(before, FoldBatchNorms(untie=True)(before).program, x)
@@ -195,11 +176,11 @@ def test_a_weight_with_its_axes_in_two_orders_cannot_stay_shared() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_weights_are_computed_in_float64_and_rounded_once(dtype: torch.dtype) -> None:
-    before, _ = small(chain(nn.Linear(4, 6), nn.BatchNorm1d(6)), 5, 4, dtype=dtype)
+    before, _ = captured_with_input(chain(nn.Linear(4, 6), nn.BatchNorm1d(6)), 5, 4, dtype=dtype)
     after = FoldBatchNorms()(before).program
     state = {name: before.weights[name].load().double() for name in before.weights}
     scale = state["1.weight"] / (state["1.running_var"] + 1e-5).sqrt()
-    (linear,) = [linear for node in after.graph.nodes if (linear := Linear.match(node))]
+    (linear,) = views(Linear, after)
     assert linear.bias is not None
     weight = (state["0.weight"] * scale[:, None]).to(dtype)
     assert torch.equal(after.weight(linear.weight).load(), weight)
@@ -235,7 +216,7 @@ def test_a_transformers_model_keeps_no_batch_norm(kind: str) -> None:
     perturb(model)
     before = capture(model)
     result = FoldBatchNorms()(before)
-    assert len(result.remarks) == len(norms(before)) >= 8
-    assert not norms(result.program)
+    assert len(result.remarks) == len(views(BatchNorm, before)) >= 8
+    assert not views(BatchNorm, result.program)
     x = torch.randn(2, 3, 32, 32)
     assert_exact(before, result.program, x)

@@ -9,24 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modelathe.ir import Program, capture
 from modelathe.passes import FoldBatchNorms, QuantizeWeights
-from support.models import canonical, perturb
+from support.models import canonical
+from support.small import Build, captured, chain
 
-Build = Callable[[], nn.Module]
 TWO = (2, 4, 5, 6)
 BN, RELU = nn.BatchNorm2d, nn.ReLU()
-
-
-def small(build: Build, *shape: int) -> Program:
-    model = build().eval()
-    perturb(model)
-    return capture(model, (torch.ones(shape),))
-
-
-def chain(*parts: nn.Module) -> Build:
-    """Return what builds the parts in a row, as they are."""
-    return lambda: nn.Sequential(*parts)
 
 
 class Read(nn.Module):
@@ -74,7 +62,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("build", "reason"), REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_folded_says_why(build: Build, reason: str) -> None:
-    before = small(build, *TWO)
+    before = captured(build, *TWO)
     result = FoldBatchNorms()(before)
     (remark,) = result.remarks
     assert remark.kind == "missed"
@@ -82,7 +70,7 @@ def test_what_cannot_be_folded_says_why(build: Build, reason: str) -> None:
 
 
 def test_a_quantized_reader_keeps_its_norm() -> None:
-    before = small(chain(nn.ReLU(), nn.BatchNorm1d(4), nn.Linear(4, 6)), 5, 4)
+    before = captured(chain(nn.ReLU(), nn.BatchNorm1d(4), nn.Linear(4, 6)), 5, 4)
     coded = QuantizeWeights(group_size=4)(before).program
     (remark,) = FoldBatchNorms()(coded).remarks
     assert "quantised already: fold before quantising" in remark.message

@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor, nn
 
-from modelathe.ir import Linear, Norm, Program, TensorWeight, capture
+from modelathe.ir import Linear, Norm, Program, TensorWeight
 from modelathe.passes import FoldNorms, Pipeline, Remark
 from support.feeds import feed
-from support.models import canonical, context, module, perturb, program
+from support.models import canonical, context, module, program
 from support.numeric import EXACT, worst_error
+from support.small import captured
+from support.views import views
 
 F = nn.functional
-
-
-def norms(found: Program) -> list[Norm]:
-    nodes = [node for graph in found.graphs.values() for node in graph.nodes]
-    return [norm for node in nodes if (norm := Norm.match(node))]
-
-
-def linears(found: Program) -> list[Linear]:
-    return [linear for node in found.graph.nodes if (linear := Linear.match(node))]
-
-
-def small(build: Callable[[], nn.Module], *shape: int) -> Program:
-    torch.manual_seed(0)
-    model = build().eval()
-    perturb(model)
-    return capture(model, (torch.ones(shape or (3, 8)),))
 
 
 def kinds(remarks: tuple[Remark, ...]) -> list[str]:
@@ -51,29 +35,29 @@ def test_weights_are_the_products_rounded_once() -> None:
         name: value.detach().double() for name, value in module("norm-linears").state_dict().items()
     }
     gain, shift = state["norm.weight"], state["norm.bias"]
-    left, right = linears(after)
+    left, right = views(Linear, after)
     for linear, name in ((left, "left"), (right, "right")):
         weight = (state[f"{name}.weight"] * gain).float()
         assert torch.equal(after.weight(linear.weight).load(), weight)
         bias = state[f"{name}.weight"] @ shift + state.get(f"{name}.bias", torch.zeros(8))
         assert linear.bias is not None
         assert torch.equal(after.weight(linear.bias).load(), bias.float())
-    (norm,) = norms(after)
+    (norm,) = views(Norm, after)
     assert (norm.gain, norm.bias, norm.eps) == (None, None, 1e-5)
 
 
 def test_a_norm_without_a_bias_adds_none() -> None:
     after = FoldNorms()(canonical("llama")).program
-    assert all(linear.bias is None for linear in linears(after))
+    assert all(linear.bias is None for linear in views(Linear, after))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "llama-bf16", "vit", "t5"])
 def test_every_norm_in_front_of_a_linear_is_folded(name: str) -> None:
     result = FoldNorms()(canonical(name))
-    left = [norm for norm in norms(result.program) if norm.gain is not None]
+    left = [norm for norm in views(Norm, result.program) if norm.gain is not None]
     missed = [remark for remark in result.remarks if remark.kind == "missed"]
     assert {remark.where for remark in missed} == {norm.node.name for norm in left}
-    assert len(left) < len(norms(canonical(name)))
+    assert len(left) < len(views(Norm, canonical(name)))
 
 
 def test_a_bias_is_not_an_input_of_the_next_fold() -> None:
@@ -82,7 +66,7 @@ def test_a_bias_is_not_an_input_of_the_next_fold() -> None:
     def build() -> nn.Module:
         return nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8))
 
-    before = small(build)
+    before = captured(build)
     result = FoldNorms()(before)
     assert [remark.kind for remark in result.remarks] == ["applied", "applied"]
     assert_exact(before, result.program)
@@ -101,7 +85,7 @@ class Rows(nn.Module):
 
 
 def test_moving_rows_does_not_matter() -> None:
-    before = small(Rows, 2, 3, 8)
+    before = captured(Rows, 2, 3, 8)
     result = FoldNorms()(before)
     assert [remark.kind for remark in result.remarks] == ["applied"]
     assert_exact(before, result.program)
@@ -134,10 +118,10 @@ class OneWeight(nn.Module):
 
 
 def test_a_shared_weight_stays_shared_where_all_readers_have_one_gain() -> None:
-    before = small(lambda: OneWeight(True))
+    before = captured(lambda: OneWeight(True))
     result = FoldNorms()(before)
     assert [remark.kind for remark in result.remarks] == ["applied", "applied"]
-    left, right = linears(result.program)
+    left, right = views(Linear, result.program)
     assert left.weight.target == right.weight.target
     assert left.bias is not None
     assert right.bias is not None
@@ -146,7 +130,7 @@ def test_a_shared_weight_stays_shared_where_all_readers_have_one_gain() -> None:
 
 
 def test_a_shared_weight_behind_two_gains_is_refused_or_untied() -> None:
-    before = small(lambda: OneWeight(False))
+    before = captured(lambda: OneWeight(False))
     result = FoldNorms()(before)
     assert [remark.kind for remark in result.remarks] == ["missed", "missed"]
     assert "reads another norm; untie=true to force" in result.remarks[0].message
@@ -202,5 +186,5 @@ def test_norms_of_queries_and_keys_are_left_alone() -> None:
 
 
 def test_a_program_without_norms_says_so() -> None:
-    result = FoldNorms()(small(lambda: nn.Linear(8, 8)))
+    result = FoldNorms()(captured(lambda: nn.Linear(8, 8)))
     assert kinds(result.remarks) == ["missed: main: gains: no norm has a gain or a bias"]

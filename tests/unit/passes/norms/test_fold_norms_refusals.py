@@ -8,18 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modelathe.ir import Program, capture
+from modelathe.ir import Program
 from modelathe.passes import Canonicalize, FoldNorms, QuantizeWeights
-from support.models import perturb, program
+from support.models import program
+from support.small import captured
 
 F = nn.functional
-
-
-def small(build: Callable[[], nn.Module], *shape: int) -> Program:
-    torch.manual_seed(0)
-    model = build().eval()
-    perturb(model)
-    return capture(model, (torch.ones(shape or (3, 8)),))
 
 
 class Columns(nn.Module):
@@ -115,27 +109,27 @@ REFUSED: dict[str, tuple[Callable[[], Program], str]] = {
         "missed: layer_norm: head is tied; untie=true to force",
     ),
     "columns": (
-        lambda: small(Columns),
+        lambda: captured(Columns),
         "missed: layer_norm: read by %slice_1 (aten.slice.Tensor)",
     ),
-    "halves": (lambda: small(Halves), "missed: layer_norm: read by"),
+    "halves": (lambda: captured(Halves), "missed: layer_norm: read by"),
     "two dimensions": (
-        lambda: small(Wide, 2, 8, 8),
+        lambda: captured(Wide, 2, 8, 8),
         "missed: layer_norm: normalises over 2 dimensions, and a linear reads one",
     ),
     "weight from activations": (
-        lambda: small(ComputedWeightOfLinear),
+        lambda: captured(ComputedWeightOfLinear),
         "missed: layer_norm: read by %linear (aten.linear)",
     ),
     "gain from activations": (
-        lambda: small(ComputedGain),
+        lambda: captured(ComputedGain),
         "missed: layer_norm: its gain or bias is computed from activations",
     ),
     "input and bias": (
-        lambda: small(BiasToo),
+        lambda: captured(BiasToo),
         "missed: layer_norm: read by %linear (aten.linear)",
     ),
-    "an output": (lambda: small(Returned), "missed: layer_norm: an output of the graph"),
+    "an output": (lambda: captured(Returned), "missed: layer_norm: an output of the graph"),
 }
 
 
@@ -163,7 +157,7 @@ class Mixed(nn.Module):
 
 
 def test_one_refusal_costs_the_norms_that_share_its_weights() -> None:
-    result = FoldNorms()(small(Mixed))
+    result = FoldNorms()(captured(Mixed))
     assert {remark.kind for remark in result.remarks} == {"missed"}
     assert len(result.remarks) == 2
 

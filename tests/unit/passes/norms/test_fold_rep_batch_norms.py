@@ -8,30 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modelathe.ir import BatchNorm, Linear, Program, TensorWeight, call_name, capture
+from modelathe.ir import BatchNorm, Linear, Program, TensorWeight, capture
 from modelathe.passes import FoldRepBatchNorms, Pipeline
 from support.batch_norms import RepBN, rep_tokens
 from support.models import canonical, context, perturb
 from support.numeric import EXACT, worst_error
+from support.small import captured_with_input, outputs
+from support.views import calls, views
 
-Build = Callable[[], nn.Module]
 SHAPE = (2, 5, 6)
-
-
-def small(build: Build, dtype: torch.dtype = torch.float32) -> tuple[Program, Tensor]:
-    torch.manual_seed(0)
-    model = build().eval()
-    perturb(model)
-    x = torch.randn(SHAPE).to(dtype)
-    return capture(model.to(dtype), (x,)), x
-
-
-def outputs(found: Program, x: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    return found.run({found.signature.inputs[0]: x}, dtype=dtype)
-
-
-def calls(found: Program) -> list[str]:
-    return [call_name(node) for node in found.graph.nodes if node.op == "call_function"]
 
 
 def assert_exact(before: Program, after: Program, x: Tensor) -> None:
@@ -85,7 +70,7 @@ FORMS = (inside, outside, apart, flat, constant, itself)
 def test_every_way_to_write_it_is_folded(
     form: Callable[[nn.BatchNorm1d, Tensor, Tensor], Tensor],
 ) -> None:
-    before, x = small(lambda: Written(form))
+    before, x = captured_with_input(lambda: Written(form), *SHAPE)
     result = FoldRepBatchNorms()(before)
     assert [remark.kind for remark in result.remarks] == ["applied"]
     products = {"aten.relu", "aten.linear"}
@@ -110,7 +95,7 @@ def crossed(bn: nn.BatchNorm1d, alpha: Tensor, x: Tensor) -> Tensor:
 def test_another_sum_is_no_rep_batch_norm(
     form: Callable[[nn.BatchNorm1d, Tensor, Tensor], Tensor],
 ) -> None:
-    before, _ = small(lambda: Written(form))
+    before, _ = captured_with_input(lambda: Written(form), *SHAPE)
     assert FoldRepBatchNorms()(before).remarks == ()
 
 
@@ -126,13 +111,13 @@ class Before(nn.Module):
 
 
 def test_the_bias_of_a_linear_before_it_keeps_alpha_b() -> None:
-    before, x = small(Before)
+    before, x = captured_with_input(Before, *SHAPE)
     after = FoldRepBatchNorms()(before).program
     state = {name: before.weights[name].load().double() for name in before.weights}
     slope = state["norm.bn.weight"] / (state["norm.bn.running_var"] + 1e-5).sqrt()
     bias, alpha = state["up.bias"], state["norm.alpha"]
     published = slope * (bias - state["norm.bn.running_mean"]) + state["norm.bn.bias"]
-    (linear,) = [linear for node in after.graph.nodes if (linear := Linear.match(node))]
+    (linear,) = views(Linear, after)
     assert linear.bias is not None
     folded = after.weight(linear.bias).load(torch.float64)
     torch.testing.assert_close(folded - published, alpha * bias)
@@ -141,17 +126,17 @@ def test_the_bias_of_a_linear_before_it_keeps_alpha_b() -> None:
 
 
 def test_weights_are_computed_in_float64_and_rounded_once() -> None:
-    before, _ = small(Before, torch.bfloat16)
+    before, _ = captured_with_input(Before, *SHAPE, dtype=torch.bfloat16)
     after = FoldRepBatchNorms()(before).program
     state = {name: before.weights[name].load().double() for name in before.weights}
     scale = state["norm.bn.weight"] / (state["norm.bn.running_var"] + 1e-5).sqrt()
     weight = (scale + state["norm.alpha"])[:, None] * state["up.weight"]
-    (linear,) = [linear for node in after.graph.nodes if (linear := Linear.match(node))]
+    (linear,) = views(Linear, after)
     assert torch.equal(after.weight(linear.weight).load(), weight.bfloat16())
 
 
 def test_what_stays_is_one_product_and_one_sum() -> None:
-    before, x = small(lambda: nn.Sequential(nn.ReLU(), RepBN(), nn.ReLU()))
+    before, x = captured_with_input(lambda: nn.Sequential(nn.ReLU(), RepBN(), nn.ReLU()), *SHAPE)
     result = FoldRepBatchNorms()(before)
     missed, applied = result.remarks
     assert missed.kind == "missed"
@@ -173,7 +158,7 @@ class Images(nn.Module):
 
 
 def test_channels_need_not_be_last() -> None:
-    before, x = small(Images)
+    before, x = captured_with_input(Images, *SHAPE)
     after = FoldRepBatchNorms()(before).program
     assert calls(after) == ["aten.mul.Tensor", "aten.add.Tensor", "aten.relu"]
     assert_exact(before, after, x)
@@ -212,7 +197,7 @@ def test_no_batch_norm_and_one_transposition_are_left_of_a_model_with_four() -> 
     result = FoldRepBatchNorms()(canonical("rep-tokens"))
     kinds = [remark.kind for remark in result.remarks]
     assert kinds == ["applied", "applied", "missed", "applied", "applied"]
-    assert not any(BatchNorm.match(node) for node in result.program.graph.nodes)
+    assert not views(BatchNorm, result.program)
     assert calls(result.program).count("aten.transpose.int") == 1
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx
 
 from modelathe.ir import (
     Linear,
@@ -27,17 +26,9 @@ from modelathe.passes.probes import feeds
 from support.models import canonical
 from support.numeric import worst_error
 from support.training import SHORT, context, text
+from support.views import views
 
 UNTIED: dict[str, Any] = {"untie": True}
-
-
-def norms(program: Program) -> list[Norm]:
-    found = (Norm.match(node) for graph in program.graphs.values() for node in graph.nodes)
-    return [norm for norm in found if norm is not None]
-
-
-def linears(program: Program) -> list[fx.Node]:
-    return [node for node in program.graph.nodes if Linear.match(node)]
 
 
 def removed(name: str, **options: Any) -> PassResult:
@@ -89,7 +80,7 @@ def test_what_is_folded_computes_what_frozen_norms_do(name: str, first: bool, un
         for node, found in measured.items()
     }
     after = frozen(before.editable(), plan, untie=untie).program
-    assert not norms(after)
+    assert not views(Norm, after)
     expected = with_constants(before, plan).run(inputs(before), dtype=torch.float64)
     assert worst_error(after.run(inputs(before), dtype=torch.float64), expected) < 1e-10
 
@@ -97,7 +88,7 @@ def test_what_is_folded_computes_what_frozen_norms_do(name: str, first: bool, un
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_a_norm_frozen_at_the_true_deviation_is_the_norm(name: str) -> None:
     program = canonical(name)
-    norm = norms(program)[0]
+    norm = views(Norm, program)[0]
     x = torch.randn(1, 1, 32, dtype=torch.float64) + 3  # one token, a mean that is not zero
     gain = torch.randn(32, dtype=torch.float64)
     true = float(deviation(x, norm.kind, norm.eps))
@@ -111,7 +102,7 @@ def test_a_norm_frozen_at_the_true_deviation_is_the_norm(name: str) -> None:
 def test_deviations_are_the_means_over_tokens(name: str) -> None:
     program = canonical(name)
     seen: dict[str, torch.Tensor] = {}
-    places = {norm.input: norm for norm in norms(program)}
+    places = {norm.input: norm for norm in views(Norm, program)}
 
     def observe(node: Any, value: torch.Tensor) -> None:
         if node in places:
@@ -133,14 +124,14 @@ def test_deviations_are_the_means_over_tokens(name: str) -> None:
 def test_both_graphs_of_an_encoder_decoder_are_measured_apart() -> None:
     program = canonical("t5")
     found = norm_deviations(program, context()).norms
-    assert len(found) == len(norms(program))
+    assert len(found) == len(views(Norm, program))
     result = removed("t5", untie=True)
-    assert not norms(result.program)
+    assert not views(Norm, result.program)
 
 
 def test_a_tied_head_keeps_its_weight_and_the_norm_leaves_an_affine_map() -> None:
     result = removed("gpt2")
-    assert not norms(result.program)
+    assert not views(Norm, result.program)
     assert len(result.program.weights.aliases) == len(canonical("gpt2").weights.aliases)
     (left,) = [r for r in result.remarks if r.kind == "missed"]
     assert "one product and one sum" in left.message
@@ -148,14 +139,14 @@ def test_a_tied_head_keeps_its_weight_and_the_norm_leaves_an_affine_map() -> Non
 
 def test_untying_leaves_nothing_and_says_what_it_costs() -> None:
     result = removed("gpt2", **UNTIED)
-    assert not norms(result.program)
+    assert not views(Norm, result.program)
     assert any("untied" in remark.message for remark in result.remarks)
     assert not [remark for remark in result.remarks if remark.kind == "missed"]
 
 
 def test_norms_that_make_the_stream_are_refused_and_the_one_of_the_embeddings_is_not() -> None:
     result = removed("bert")
-    assert len(norms(result.program)) == len(norms(canonical("bert"))) - 1
+    assert len(views(Norm, result.program)) == len(views(Norm, canonical("bert"))) - 1
     refused = [r.message for r in result.remarks if r.kind == "missed" and "mean" in r.message]
     assert len(refused) == 4
 
@@ -165,7 +156,7 @@ def test_a_target_keeps_the_norms_that_would_pass_it() -> None:
     kl = all_of_them.measured.kl
     assert kl is not None
     part = removed("gpt2", target_kl=kl * 0.7, **UNTIED)
-    assert 0 < len(norms(part.program)) < len(norms(canonical("gpt2")))
+    assert 0 < len(views(Norm, part.program)) < len(views(Norm, canonical("gpt2")))
     assert any("passes target-kl" in remark.message for remark in part.remarks)
 
 
@@ -180,7 +171,7 @@ def test_values_that_overflow_without_norms_are_an_error() -> None:
         RemoveNorms(**options)(program, context())
     assert "schedule=progressive" in caught.value.remedy
     some = RemoveNorms(target_kl=1.0, **options)(program, context()).program
-    assert 0 < len(norms(some)) <= len(norms(program))
+    assert 0 < len(views(Norm, some)) <= len(views(Norm, program))
 
 
 def test_marks_change_no_output_and_are_part_of_the_program() -> None:
@@ -190,7 +181,7 @@ def test_marks_change_no_output_and_are_part_of_the_program() -> None:
     given = inputs(before)
     wide = [one.run(given, dtype=torch.float64) for one in (after, before)]
     assert worst_error(*wide) < 1e-12
-    marked = [norm.node for norm in norms(after) if "switch" in marks_of(norm.node)]
+    marked = [norm.node for norm in views(Norm, after) if "switch" in marks_of(norm.node)]
     paths = [marks_of(node)["path"] for node in marked]
     assert sorted(set(paths)) == ["final", "mlp", "query-key", "value"]
     assert pass_.fidelity is Fidelity.LOSSY
@@ -199,11 +190,11 @@ def test_marks_change_no_output_and_are_part_of_the_program() -> None:
 def test_healing_freezes_what_is_marked_and_folds_it() -> None:
     marked = removed("gpt2", schedule="progressive", **UNTIED).program
     result = Heal(**SHORT)(marked, context())
-    assert not norms(result.program)
+    assert not views(Norm, result.program)
     calls = [call_name(node) for node in result.program.graph.nodes]
     assert "aten.eq.Scalar" not in calls  # first tokens are not special any more
     # nor are queries, keys and values apart
-    assert calls.count("aten.linear") == len(linears(canonical("gpt2")))
+    assert calls.count("aten.linear") == len(views(Linear, canonical("gpt2")))
     assert len(result.program.graph.nodes) < len(canonical("gpt2").graph.nodes)
 
 
@@ -216,7 +207,7 @@ def test_paths_that_were_separated_for_nothing_are_one_again() -> None:
 def test_a_learning_curve_says_how_many_norms_are_live() -> None:
     marked = removed("gpt2", schedule="progressive", **UNTIED).program
     live = [point["live"] for point in Heal(**SHORT)(marked, context()).details["curve"]]
-    assert live[0] == len(norms(marked))
+    assert live[0] == len(views(Norm, marked))
     assert live == sorted(live, reverse=True)
     assert live[-1] == 0
 
@@ -224,7 +215,7 @@ def test_a_learning_curve_says_how_many_norms_are_live() -> None:
 def test_a_short_target_leaves_norms_live_and_says_so() -> None:
     marked = removed("gpt2", schedule="progressive", target_kl=1e-9, **UNTIED).program
     result = Heal(**SHORT)(marked, context())
-    left = norms(result.program)
+    left = views(Norm, result.program)
     assert left
     assert all(not marks_of(norm.node) for norm in left)
     assert any("still live" in remark.message for remark in result.remarks)
@@ -233,7 +224,7 @@ def test_a_short_target_leaves_norms_live_and_says_so() -> None:
 def test_switches_turn_in_the_order_of_the_paths() -> None:
     pass_ = RemoveNorms(schedule="progressive", untie=True)
     program = pass_(canonical("gpt2"), context()).program
-    marked = [norm.node for norm in norms(program) if "switch" in marks_of(norm.node)]
+    marked = [norm.node for norm in views(Norm, program) if "switch" in marks_of(norm.node)]
     switches = pass_.make_switches(program, marked, context())
     order: list[str] = []
     for step in range(100):
@@ -252,7 +243,7 @@ def test_switches_turn_in_the_order_of_the_paths() -> None:
 def test_a_live_switch_follows_the_deviation_and_a_frozen_one_does_not() -> None:
     pass_ = RemoveNorms(schedule="progressive", untie=True)
     program = pass_(canonical("gpt2"), context()).program
-    node = next(norm.node for norm in norms(program) if "switch" in marks_of(norm.node))
+    node = next(norm.node for norm in views(Norm, program) if "switch" in marks_of(norm.node))
     switch = pass_.make_switches(program, [node], context())[node]
     assert isinstance(switch, NormSwitch)
     before = float(switch.usual)
@@ -293,6 +284,8 @@ def test_norms_that_wait_for_healing_are_left_to_it(schedule: Any) -> None:
 
 def test_what_cannot_be_folded_stays_a_norm_and_is_named() -> None:
     before = QuantizeWeights(bits=8, group_size=8)(canonical("gpt2"), context()).program
-    result = frozen(before.editable(), {norms(before)[0].node.name: Constant(1.0)}, untie=True)
-    assert len(norms(result.program)) == len(norms(before))
+    result = frozen(
+        before.editable(), {views(Norm, before)[0].node.name: Constant(1.0)}, untie=True
+    )
+    assert len(views(Norm, result.program)) == len(views(Norm, before))
     assert "stays live: %quantized_linear_default reads it" in str(result.remarks[-1])

@@ -6,13 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modelathe.ir import (
-    Norm,
-    PassError,
-    Program,
-    call_name,
-    capture,
-)
+from modelathe.ir import Norm, PassError, Program, call_name, capture
 from modelathe.passes import FoldRepBatchNorms, Pipeline, ReplaceNorms
 from modelathe.passes.analysis.channel_moments import ChannelMoments
 from modelathe.passes.norms.channels import unpermuted
@@ -24,16 +18,7 @@ from modelathe.passes.norms.rep_batch_norm import (
 )
 from support.models import canonical, context, perturb
 from support.numeric import EXACT, relative_error
-
-
-def norms(found: Program) -> list[Norm]:
-    nodes = [node for graph in found.graphs.values() for node in graph.nodes]
-    return [norm for node in nodes if (norm := Norm.match(node))]
-
-
-def reps(found: Program) -> list[RepBatchNorm]:
-    nodes = [node for graph in found.graphs.values() for node in graph.nodes]
-    return [rep for node in nodes if (rep := RepBatchNorm.match(node))]
+from support.views import views
 
 
 def moments(x: Tensor, y: Tensor) -> ChannelMoments:
@@ -43,7 +28,7 @@ def moments(x: Tensor, y: Tensor) -> ChannelMoments:
 def inserted(x: Tensor, statistics: ChannelMoments) -> tuple[Program, Tensor]:
     """Return a norm of ``x`` replaced by the RepBN of some statistics, and its output."""
     program = capture(nn.LayerNorm(x.shape[-1]).eval(), (x,)).editable()
-    (norm,) = norms(program)
+    (norm,) = views(Norm, program)
     norm.node.replace_all_uses_with(
         insert_rep_batch_norm(program, norm.node, RepParameters.fitted(statistics))
     )
@@ -65,7 +50,7 @@ def test_the_map_of_each_channel_is_the_line_of_least_squares(shape: tuple[int, 
         # the parameters are stored in float32: eight roundings, of a slope times 30 at most
         fitted = (design @ line).flatten()
         assert relative_error(fitted, found[..., channel].flatten()) <= 1e-5
-    (rep,) = reps(program)
+    (rep,) = views(RepBatchNorm, program)
     assert program.weight(rep.norm.mean).dtype == torch.float32
 
 
@@ -74,7 +59,7 @@ def test_gain_bias_and_alpha_follow_from_the_slopes() -> None:
     slopes, offsets = torch.tensor([1.0, 2, 3, 6]), torch.tensor([0.5, 0, -1, 2])
     program, found = inserted(x, moments(x, x * slopes + offsets))
     torch.testing.assert_close(found, (x * slopes + offsets).double(), atol=1e-5, rtol=1e-5)
-    (rep,) = reps(program)
+    (rep,) = views(RepBatchNorm, program)
     values = [program.weight(part).load() for part in (rep.alpha, rep.norm.gain, rep.norm.mean)]
     torch.testing.assert_close(values[0], torch.tensor([3.0]))
     deviation = (x.var(0, correction=0) + EPS).sqrt()
@@ -106,16 +91,16 @@ def test_statistics_that_float16_has_no_numbers_for_are_refused() -> None:
     wide = torch.randn(8, 4) * 1000
     parameters = RepParameters.fitted(moments(wide, wide))
     with pytest.raises(PassError, match="varies more than"):
-        insert_rep_batch_norm(program, norms(program)[0].node, parameters)
+        insert_rep_batch_norm(program, views(Norm, program)[0].node, parameters)
 
 
 @pytest.mark.parametrize("name", ["token-norm", "bert", "llama", "gemma3", "t5"])
 def test_every_norm_is_replaced_wherever_it_stands(name: str) -> None:
     before = canonical(name)
     result = ReplaceNorms()(before, context())
-    assert [remark.kind for remark in result.remarks] == ["applied"] * len(norms(before))
-    assert not norms(result.program)
-    assert len(reps(result.program)) == len(norms(before))
+    assert [remark.kind for remark in result.remarks] == ["applied"] * len(views(Norm, before))
+    assert not views(Norm, result.program)
+    assert len(views(RepBatchNorm, result.program)) == len(views(Norm, before))
 
 
 def inputs_of(found: Program, names: set[str], tokens: Tensor) -> dict[str, Tensor]:
@@ -133,11 +118,11 @@ def test_each_norm_is_measured_with_those_before_it_replaced() -> None:
     before, options = canonical("bert"), context()
     tokens = options.calibration_tokens(before).tokens
     after = ReplaceNorms()(before, options).program
-    made = reps(after)
+    made = views(RepBatchNorm, after)
     roots = {unpermuted(rep.input)[0].name for rep in made}
     reads = inputs_of(after, roots, tokens)
-    gives = inputs_of(before, {norm.node.name for norm in norms(before)}, tokens)
-    for rep, norm in zip(made, norms(before), strict=True):
+    gives = inputs_of(before, {norm.node.name for norm in views(Norm, before)}, tokens)
+    for rep, norm in zip(made, views(Norm, before), strict=True):
         x, y = reads[unpermuted(rep.input)[0].name], gives[norm.node.name]
         wanted = RepParameters.fitted(ChannelMoments.of(x, y))
         for part, node in (
@@ -174,7 +159,7 @@ def test_globs_choose_the_norms() -> None:
     before = canonical("llama")
     some = ReplaceNorms(only=("layers.1",), ignore=("post_attention_layernorm",))
     after = some(before, context()).program
-    assert len(norms(before)) - len(norms(after)) == 1
+    assert len(views(Norm, before)) - len(views(Norm, after)) == 1
     with pytest.raises(PassError, match="matches none of the 5 modules"):
         ReplaceNorms(only=("layers.7",))(before, context())
 

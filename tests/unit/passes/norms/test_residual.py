@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modelathe.ir import Norm, Program, call_name, capture
-from modelathe.passes import Canonicalize, QuantizeWeights
+from modelathe.ir import Norm, Program, call_name
+from modelathe.passes import QuantizeWeights
 from modelathe.passes.norms.residual import (
     Stream,
     center_writers,
@@ -19,20 +19,15 @@ from modelathe.passes.norms.residual import (
     writers,
 )
 from support.feeds import feed
-from support.models import canonical, perturb
+from support.models import canonical
+from support.small import small
+from support.views import views
 
 F = nn.functional
 
 
-def small(build: Callable[[], nn.Module], *inputs: Tensor) -> Program:
-    torch.manual_seed(0)
-    model = build().eval()
-    perturb(model)
-    return Canonicalize()(capture(model, inputs or (torch.ones(2, 3, 8),))).program
-
-
 def last_norm(found: Program) -> Norm:
-    return [norm for node in found.graph.nodes if (norm := Norm.match(node))][-1]
+    return views(Norm, found)[-1]
 
 
 def calls(stream: Stream) -> list[str]:

@@ -18,17 +18,13 @@ from modelathe.passes.quantization.methods import AUTO, solve
 from modelathe.passes.quantization.outliers import Outliers, Solved
 from modelathe.passes.quantization.sequential import Moments
 from support.models import canonical
+from support.views import views
 
 
 def context() -> PassContext:
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randint(32, (4, 12), generator=generator)
     return PassContext(calibration=TokenWindows.of(tokens, "test"))
-
-
-def linears(program: Program) -> list[QuantizedLinear]:
-    views = (QuantizedLinear.match(node) for node in program.graph.nodes)
-    return [view for view in views if view is not None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +35,7 @@ class Broken(QuantizeWeights):
 
     def run(self, program: Program, context: PassContext) -> Any:
         result = super().run(program, context)
-        first, second, *_ = linears(program)
+        first, second, *_ = views(QuantizedLinear, program)
         scales, codes = (program.weight(part) for part in (first.scales, first.codes))
         other = program.weight(second.codes)  # of a weight of the same sizes
         spoiled: Any = {

@@ -23,6 +23,7 @@ from modelathe.passes.fidelity import judge_rounding
 from modelathe.passes.quantization.scale_search import Observed, Reading, Search, in_eight_bits
 from support.models import LENGTH, VOCABULARY, Case, Transformer, canonical, context
 from support.numeric import EXACT
+from support.views import views
 
 F = nn.functional
 SMOOTH = Equalize(kind="smooth", grid=4)
@@ -162,7 +163,7 @@ def test_a_norm_whose_gain_was_folded_gets_one() -> None:
     folded = FoldNorms()(canonical("llama"), context()).program
     result = SMOOTH(folded, context())
     check_exact(folded, result.program)
-    norms = [norm for node in result.program.graph.nodes if (norm := Norm.match(node))]
+    norms = views(Norm, result.program)
     assert [norm.gain is not None for norm in norms] == [True] * 5
     assert result.program.weights["model.layers.0.input_layernorm.weight.equalized"].shape == (32,)
 
