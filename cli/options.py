@@ -14,7 +14,11 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and librar
 Force = Annotated[bool, typer.Option("--force", help="Replace what an earlier run wrote there.")]
 AllowPickle = Annotated[
     bool,
-    typer.Option("--allow-pickle", help="Read pickled weights and .pt2 files; only from friends."),
+    typer.Option(
+        "--allow-pickle",
+        help="Read pickled weights, .pt2 files and the factory that a Program folder names; only "
+        "from friends.",
+    ),
 ]
 Threads = Annotated[
     int, typer.Option(min=0, help="Processor threads; 0 leaves it to the runtime.", metavar="N")

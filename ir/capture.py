@@ -49,7 +49,8 @@ def capture(
         example_inputs: for a module that is not a transformers model.
         dynamic_shapes: which sizes are symbolic, as ``torch.export.export`` takes it.
         revision: of a hub id.
-        allow_pickle: read pickled weights (``weights_only``) and ``.pt2`` files.
+        allow_pickle: read pickled weights (``weights_only``) and ``.pt2`` files, and trust the
+            source that a Program folder names where that is a factory or on the hub.
         report: called with the share of the work that is done, 0 to 1, as it grows.
 
     Raises:
@@ -57,7 +58,7 @@ def capture(
     """
     if isinstance(model, nn.Module):
         return _capture_module(model, example_inputs, dynamic_shapes, report)
-    text, kind = str(model), _kind_of(model)
+    text, kind = str(model), kind_of(model)
     if revision is not None and kind != "hub":
         raise CaptureError(
             f"{text}: is no hub id, so there is no revision {revision} of it",
@@ -80,7 +81,7 @@ def capture(
             return replace_origin(_capture_folder(folder, allow_pickle, report), model=text)
 
 
-def _kind_of(model: str | Path) -> str:
+def kind_of(model: str | Path) -> str:
     """Return what a text or a path stands for.
 
     Raises:

@@ -111,7 +111,8 @@ def load_program(
     Args:
         folder: where it was written.
         report: called with the share of the work that is done, 0 to 1, as it grows.
-        allow_pickle: let the untouched model behind it be captured from pickled files.
+        allow_pickle: let the untouched model behind it be captured from pickled files, a factory
+            or the hub.
 
     Raises:
         StorageError: a file is missing, damaged, or of another version.
@@ -356,14 +357,24 @@ def _recapture(
 ) -> Program:
     """Capture again what the program in the folder ``saved`` was made of.
 
+    The folder may have come from anywhere, and it names the source: what would import code or
+    fetch files is captured only where ``allow_pickle`` trusts it.
+
     Raises:
-        CaptureError: it is gone, or cannot be captured.
+        CaptureError: it is gone, or not trusted, or cannot be captured.
     """
-    from .capture import capture
+    from .capture import capture, kind_of
 
     if isinstance(source, Path) and not source.exists():
         raise CaptureError(
             f"the untouched model behind {saved}, {source}, is gone",
             remedy="put it back; or go on without comparing anything with it: --no-check",
+        )
+    if not allow_pickle and (kind := kind_of(source)) in ("factory", "hub"):
+        danger = "can run any code" if kind == "factory" else "would be fetched from the hub"
+        raise CaptureError(
+            f"{saved} says that the untouched model behind it is {source}, which {danger}",
+            remedy="trust it with --allow-pickle; or go on without comparing anything with it: "
+            "--no-check",
         )
     return capture(source, allow_pickle=allow_pickle, report=report)

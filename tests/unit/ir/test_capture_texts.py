@@ -12,6 +12,7 @@ from torch import nn
 
 from modelathe.demo import MODEL_FOLDER
 from modelathe.ir import CaptureError, capture, save_program, to_text, verify
+from modelathe.ir.capture import replace_origin
 from support.feeds import feed
 from support.folders import tiny_bert, write_folder
 from support.models import MODELS, module, program
@@ -103,6 +104,30 @@ def test_a_factory_gives_module_inputs_and_sizes(factory: str) -> None:
     assert found.signature.dims == {"input": ("d0", 4)}
     assert found.origin.model == f"{factory}:model"
     assert found.origin.notes == (f"runs the user's own code: {factory}:model",)
+
+
+def test_a_factory_that_a_program_folder_names_runs_only_where_it_is_trusted(
+    factory: str, tmp_path: Path
+) -> None:
+    found = capture(f"{factory}:model")
+    save_program(found, tmp_path)
+    del sys.modules[factory]
+    with pytest.raises(CaptureError, match=r"my_factories:model, which can run any code") as caught:
+        capture(tmp_path).origin.reference()
+    assert "--allow-pickle" in caught.value.remedy
+    assert factory not in sys.modules
+    trusted = capture(tmp_path, allow_pickle=True).origin.reference()
+    assert to_text(trusted) == to_text(found)
+
+
+def test_a_program_folder_cannot_have_the_hub_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("modelathe.ir.capture")
+    monkeypatch.setattr(module, "fetch", lambda *_: pytest.fail("fetched"))
+    save_program(replace_origin(program("norm-mlp"), captured_from="nobody/model"), tmp_path)
+    with pytest.raises(CaptureError, match="nobody/model, which would be fetched from the hub"):
+        capture(tmp_path).origin.reference()
 
 
 @pytest.mark.parametrize(
