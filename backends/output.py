@@ -6,6 +6,7 @@ Everything is written in ``OUT.partial/new`` beside ``OUT`` and renamed when it 
     OUT.partial/new     what is being written
     OUT.partial/old     what ``--force`` replaces, between two renames
     OUT.partial/state   what passes keep to go on from; of a run that has not finished
+    OUT.partial/state/scratch   values that do not fit into memory; nothing to go on from
 
 A run that was killed leaves ``OUT.partial`` behind; the next run to the same place puts ``old``
 back or takes it away, whichever is due, and begins again.  Files in ``OUT`` that no manifest of
@@ -28,6 +29,8 @@ from ..ir.errors import StorageError
 from .manifest import MANIFEST, is_artifact, listed_files
 
 _PARTIAL_FILES = {"lock", "new", "old", "state"}
+SCRATCH_FOLDER = "scratch"
+_NOT_KEPT = {"lock", "run.json", SCRATCH_FOLDER}
 
 
 @contextlib.contextmanager
@@ -151,7 +154,7 @@ def _name_place(error: BaseException, out: Path) -> None:
 
 def kept_state(state: Path) -> list[Path]:
     """Return the files that passes left."""
-    return [path for path in state.iterdir() if path.name not in ("lock", "run.json")]
+    return [path for path in state.iterdir() if path.name not in _NOT_KEPT]
 
 
 def _drop(state: Path) -> None:

@@ -149,7 +149,14 @@ def command(
     screen = Screen(as_json=as_json)
     with screen.quiet_libraries(debug=debug):
         from ..backends.companions import companion_names
-        from ..backends.output import check_free, check_writable, kept_state, resumable
+        from ..backends.output import (
+            SCRATCH_FOLDER,
+            check_free,
+            check_writable,
+            kept_state,
+            resumable,
+        )
+        from ..ir import SCRATCH
         from ..passes import Budget, PassContext, Pipeline
         from ..passes.data import read_text
 
@@ -194,7 +201,10 @@ def command(
             "calibration-samples": calibration_samples,
             "calibration-length": calibration_length,
         }
-        with resumable(out, settings, resume=resume, force=force) as (state, found):
+        with (
+            resumable(out, settings, resume=resume, force=force) as (state, found),
+            SCRATCH.within(state / SCRATCH_FOLDER),
+        ):
             if resume and not found:
                 screen.progress.note(
                     f"{out}: no stopped run to go on with, so this one starts anew"

@@ -6,8 +6,9 @@ import contextlib
 import hashlib
 import os
 import re
+import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ class Scratch:
 
     Attributes:
         limit: bytes to hold in memory.
-        folder: where the files go; a temporary folder, removed at exit, unless set.
+        folder: where the files go; a temporary folder, removed at exit, unless ``within`` another.
     """
 
     def __init__(self, limit: int = 2 << 30) -> None:
@@ -135,6 +136,18 @@ class Scratch:
         self._lock = threading.Lock()
 
     folder: Path | None
+
+    @contextlib.contextmanager
+    def within(self, folder: Path) -> Iterator[None]:
+        """Put the files into ``folder`` until the block ends; it is made, and taken away."""
+        shutil.rmtree(folder, ignore_errors=True)  # what a killed run was writing
+        folder.mkdir()
+        self.folder = folder
+        try:
+            yield
+        finally:
+            self.folder = None
+            shutil.rmtree(folder, ignore_errors=True)
 
     def keep(self, fingerprint: str, value: Tensor) -> Weight:
         """Return a weight that holds ``value``."""

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
+from modelathe.ir import SCRATCH, FileWeight, Weight
+from modelathe.ir.computed import Scratch
 from support.training import stop_training
 
 HEAL = "prune-blocks{blocks=1},heal{steps=6 batch=32 length=8 mix=0.0}"
@@ -85,6 +88,30 @@ def test_with_nothing_to_go_on_with_it_says_so_and_begins(cli: Any, command: lis
     found = cli(*command, "--resume")
     assert found.status == 0, found.err
     assert "starts anew" in found.err
+
+
+def test_values_beyond_the_memory_lie_beside_the_output_and_are_no_stopped_run(
+    cli: Any, command: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = tmp_path / "out.partial" / "state" / "scratch"
+    scratch.mkdir(parents=True)
+    (scratch / "half.safetensors").write_text("of a killed run")
+    places = []
+    keep = Scratch.keep
+
+    def watched(store: Scratch, fingerprint: str, value: Tensor) -> Weight:
+        weight = keep(store, fingerprint, value)
+        assert isinstance(weight, FileWeight)
+        places.append(weight.file.path.parent)
+        return weight
+
+    monkeypatch.setattr(SCRATCH, "limit", 0)
+    monkeypatch.setattr(Scratch, "keep", watched)
+    command[command.index("-p") + 1] = "fold-norms"
+    done = cli(*command)
+    assert done.status == 0, done.err
+    assert set(places) == {scratch}
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_a_dry_run_makes_nothing_to_go_on_with(cli: Any, command: list[object]) -> None:
