@@ -155,6 +155,7 @@ def _capture_folder(folder: Path, allow_pickle: bool, report: Report | None) -> 
         source=_source_identity(stored),
         notes=(*program.origin.notes, *_left_out_note(model, mapped.left_out)),
         recapture=lambda report: _capture_folder(folder, allow_pickle, report),
+        allow_pickle=allow_pickle,
     )
     return replace(program, origin=origin)
 

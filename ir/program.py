@@ -77,6 +77,7 @@ class Origin:
             JSON values.
         checks: what fidelity was measured with, for the check of the artifact; never saved.
         recapture: makes the untouched program again; None when that is not possible.
+        allow_pickle: whether pickled files of the source are trusted; never saved.
     """
 
     model: str
@@ -89,6 +90,7 @@ class Origin:
     checks: Any = None
     recapture: Callable[[Report | None], Program] | None = None
     captured_from: Path | str | None = None
+    allow_pickle: bool = False
 
     def reference(self, report: Report | None = None) -> Program:
         """Return the program as it was captured; ``report`` is as ``capture`` takes it.

@@ -349,6 +349,7 @@ def _decode_origin(encoded: dict[str, Any], saved: Path, allow_pickle: bool) -> 
         encoded["record"],
         recapture=None if source is None else partial(_recapture, saved, source, allow_pickle),
         captured_from=source,
+        allow_pickle=allow_pickle,
     )
 
 

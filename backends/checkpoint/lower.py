@@ -193,7 +193,8 @@ def _source(program: Program) -> dict[str, Weight]:
     if not isinstance(folder, Path) or not folder.is_dir():
         return {}
     model: Any = fake_model(folder, read_config(folder))[0]
-    return map_weights(model, stored_tensors(folder), folder).weights
+    stored = stored_tensors(folder, program.origin.allow_pickle)
+    return map_weights(model, stored, folder).weights
 
 
 def _before(name: str, blocks: dict[str, str]) -> str:

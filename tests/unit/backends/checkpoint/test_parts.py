@@ -17,7 +17,7 @@ from modelathe.backends.checkpoint import files
 from modelathe.backends.checkpoint.architecture import empty_model
 from modelathe.backends.checkpoint.assign import undo
 from modelathe.backends.checkpoint.files import file_entries, write_weights
-from modelathe.ir import ComputedWeight, LoweringError, Program, TensorWeight, capture
+from modelathe.ir import ComputedWeight, LoweringError, Program, TensorWeight, capture, save_program
 from modelathe.passes import FoldNorms
 from support.checkpoints import linear_at, parameters, round_trip
 from support.feeds import feed
@@ -145,6 +145,23 @@ def test_a_parameter_that_no_call_reads_comes_from_the_folder(tmp_path: Path) ->
     with pytest.raises(LoweringError, match="mask_token: no call reads it") as caught:
         Checkpoint().lower(capture(model))
     assert "run the pipeline on the model's folder" in caught.value.remedy
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_so_it_does_where_that_is_a_trusted_pickle(tmp_path: Path, saved: bool) -> None:
+    model: Any = Transformer("AutoModel", "dinov2", _VISION)().eval()
+    perturb(model)
+    folder = write_folder(model, tmp_path / "model")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    found = capture(folder, allow_pickle=True)
+    if saved:
+        (tmp_path / "saved").mkdir()
+        save_program(found, tmp_path / "saved")
+        found = capture(tmp_path / "saved", allow_pickle=True)
+    Checkpoint().lower(found, check=False).save(tmp_path / "out")
+    kept = load_file(tmp_path / "out" / "model.safetensors")["embeddings.mask_token"]
+    assert torch.equal(kept, model.embeddings.mask_token)
 
 
 @pytest.mark.parametrize(
