@@ -96,11 +96,14 @@ def command(
         ),
     ] = None,
     check_tokens: Annotated[
-        int,
+        int | None,
         typer.Option(
-            rich_help_panel=TEXT, min=2, metavar="N", help="Tokens to measure on, at most."
+            rich_help_panel=TEXT,
+            min=2,
+            metavar="N",
+            help="Tokens to measure on, at most; else 8192.",
         ),
-    ] = 8192,
+    ] = None,
     max_kl: Annotated[
         float | None,
         typer.Option(
@@ -143,6 +146,7 @@ def command(
         "--max-perplexity-increase": max_perplexity_increase,
         "--min-agreement": min_agreement,
         "--check-text": check_text,
+        "--check-tokens": check_tokens,
     }
     asked = [name for name, value in measured.items() if value is not None]
     _check_together(out, dry_run, resume, asked if no_check else [])
@@ -165,7 +169,7 @@ def command(
             check_text=check_text,
             calibration_samples=calibration_samples,
             calibration_length=calibration_length,
-            check_tokens=check_tokens,
+            check_tokens=PassContext.check_tokens if check_tokens is None else check_tokens,
             seed=seed,
             device=device.value,
             progress=screen.progress,

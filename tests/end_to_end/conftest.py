@@ -78,13 +78,20 @@ def text(work: Path) -> Path:
     return path
 
 
+def short(text: Path) -> list[object]:
+    return ["--calibration", text, "--calibration-samples", 4, "--calibration-length", 16]
+
+
 @pytest.fixture(scope="session")
 def options(text: Path) -> list[object]:
     """Options that keep measuring short."""
-    return [
-        *("--calibration", text, "--calibration-samples", 4, "--calibration-length", 16),
-        *("--check-tokens", 64),
-    ]
+    return [*short(text), "--check-tokens", 64]
+
+
+@pytest.fixture(scope="session")
+def unchecked(text: Path) -> list[object]:
+    """Options that measure nothing."""
+    return [*short(text), "--no-check"]
 
 
 @pytest.fixture(scope="session")

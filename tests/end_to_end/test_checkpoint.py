@@ -75,11 +75,11 @@ def test_diff_compares_it_as_a_model(out: Path, llama: Path, cli: Cli) -> None:
 
 
 def test_run_takes_it_as_a_model(
-    out: Path, cli: Cli, tmp_path: Path, options: list[object]
+    out: Path, cli: Cli, tmp_path: Path, unchecked: list[object]
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    words = ["-p", "convert-dtype{to=bfloat16}", "--to", "checkpoint", "--no-check", *options]
+    words = ["-p", "convert-dtype{to=bfloat16}", "--to", "checkpoint", *unchecked]
     manifest = cli("run", out, *words, "-o", tmp_path / "next", "--json").json
     assert (manifest["sizes"]["blocks"], manifest["model"]) == (2, str(out))
     narrow, wide = (AutoModelForCausalLM.from_pretrained(f) for f in (tmp_path / "next", out))
@@ -88,9 +88,9 @@ def test_run_takes_it_as_a_model(
 
 
 def test_a_refusal_names_the_reason_and_leaves_no_folder(
-    llama: Path, cli: Cli, tmp_path: Path, options: list[object]
+    llama: Path, cli: Cli, tmp_path: Path, unchecked: list[object]
 ) -> None:
-    words = ["-p", "quantize-weights{bits=8}", "--to", "checkpoint", "--no-check", *options]
+    words = ["-p", "quantize-weights{bits=8}", "--to", "checkpoint", *unchecked]
     done = cli("run", llama, *words, "-o", tmp_path / "out")
     assert done.status == 1
     assert "reads quantised weights, and a checkpoint holds plain ones" in done.err

@@ -33,10 +33,10 @@ def test_a_budget_that_is_broken_stops_the_run(
 
 
 def test_an_existing_folder_is_replaced_only_with_force(
-    llama: Path, cli: Cli, tmp_path: Path, options: list[object]
+    llama: Path, cli: Cli, tmp_path: Path, unchecked: list[object]
 ) -> None:
     out = tmp_path / "out"
-    words = ["run", llama, "--no-check", "-o", out, *options]
+    words = ["run", llama, "-o", out, *unchecked]
     assert cli(*words).status == 0
     (out / "notes.txt").write_text("mine")
     before = (out / "manifest.json").read_bytes()
@@ -184,13 +184,13 @@ def test_no_permission_is_said_before_the_work(llama: Path, cli: Cli, tmp_path: 
     ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
 )
 def test_an_interrupted_run_leaves_nothing_that_looks_finished(
-    program: Path, cli: Cli, tmp_path: Path, number: int, status: int, options: list[object]
+    program: Path, cli: Cli, tmp_path: Path, number: int, status: int, unchecked: list[object]
 ) -> None:
     out = tmp_path / "out"
     # A process with the default handlers: a child of a shell job may ignore Ctrl-C.
     code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
     code += "from modelathe.cli import main; sys.exit(main())"
-    words = ["run", program, "-p", "quantize-weights", "--no-check", "-o", out, *options]
+    words = ["run", program, "-p", "quantize-weights", "-o", out, *unchecked]
     command = [sys.executable, "-P", "-c", code, *map(str, words)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         end = time.monotonic() + 60

@@ -96,12 +96,12 @@ def test_widths_that_were_chosen_are_printed_and_written_as_a_recipe(
 
 
 def test_a_recipe_file_is_the_same_text(
-    llama: Path, cli: Cli, tmp_path: Path, options: list[object]
+    llama: Path, cli: Cli, tmp_path: Path, unchecked: list[object]
 ) -> None:
     recipe = tmp_path / "recipe.txt"
     recipe.write_text("fold-norms          # exact\nprune-blocks{blocks=1}\n")
     for name, passes in (("a", f"@{recipe}"), ("b", "fold-norms,prune-blocks{blocks=1}")):
-        words = ["-p", passes, "-o", tmp_path / name, "--no-check", *options]
+        words = ["-p", passes, "-o", tmp_path / name, *unchecked]
         assert cli("run", llama, *words).status == 0
     contents = [
         {

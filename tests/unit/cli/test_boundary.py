@@ -123,6 +123,7 @@ def test_a_mistake_in_a_pipeline_is_pointed_at(cli: Cli, tmp_path: Path) -> None
         (("run", "demo", "-o", "x", "--seed", "-1"), "--seed"),
         (("run", "demo", "-o", "x", "--no-check", "--max-kl", "1"), "drop it or --max-kl"),
         (("run", "demo", "-o", "x", "--no-check", "--check-text", "t"), "or --check-text"),
+        (("run", "demo", "-o", "x", "--no-check", "--check-tokens", "9"), "or --check-tokens"),
         (("run", "demo", "--resume", "--dry-run"), "--resume goes on"),
         (("diff", "demo"), "give either"),
         (("diff", "demo", "b", "-p", "x"), "give either"),
