@@ -45,6 +45,8 @@ def command(
         raise typer.BadParameter("--calibration is read by --scores only")
     with screen.quiet_libraries(debug=debug):
         if is_artifact_word(model) or is_plain_onnx(model):
+            if revision is not None:
+                raise typer.BadParameter(f"--revision is of a hub id, and {model} is an artifact")
             about = artifact_facts(Path(model), screen, graph=graph)
             program = _program_of(Path(model), screen) if scores else None
         else:

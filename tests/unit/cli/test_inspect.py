@@ -56,6 +56,12 @@ def test_inspect_shows_where_norms_stand(tmp_path: Path, cli: Callable[..., Any]
     assert len(found["outside"]) == 1
 
 
+def test_an_artifact_has_no_revision(toy: Path, cli: Callable[..., Any]) -> None:
+    done = cli("inspect", toy, "--revision", "main")
+    assert (done.status, done.out) == (2, "")
+    assert f"--revision is of a hub id, and {toy} is an artifact" in done.err
+
+
 def test_an_artifact_called_demo_is_not_the_embedded_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Any]
 ) -> None:
