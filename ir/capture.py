@@ -241,5 +241,5 @@ def _capture_factory(text: str, report: Report | None) -> Program:
             remedy="return (module, example_inputs, dynamic_shapes)",
         )
     program = _capture_module(*made, report, name=text)
-    notes = (f"runs the user's own code: {text}",)
+    notes = (f"runs the user's own code: {text}", *program.origin.notes)
     return replace_origin(program, notes=notes, captured_from=text)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -88,6 +90,15 @@ def test_parameters_that_no_graph_reads_are_noted() -> None:
     model = model_of("BertForMaskedLM", **_BERT)
     model.tower = torch.nn.Linear(2, 2)
     (note,) = capture(model).origin.notes
+    assert note == "not captured: 2 parameters that no graph reads, such as tower.bias"
+
+
+def test_so_they_are_where_a_factory_makes_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("BertForMaskedLM", **_BERT)
+    model.tower = torch.nn.Linear(2, 2)
+    monkeypatch.setitem(sys.modules, "my_towers", SimpleNamespace(model=lambda: model))
+    own, note = capture("my_towers:model").origin.notes
+    assert own == "runs the user's own code: my_towers:model"
     assert note == "not captured: 2 parameters that no graph reads, such as tower.bias"
 
 
