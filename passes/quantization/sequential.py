@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,10 +38,11 @@ def in_sequence(
     """Have every weight quantised on what it reads once all before it are.
 
     The calibration text goes through each graph once.  All of it stops at each value that weights
-    read; there its second moments are taken, one matrix however many weights read the value, and
-    the weights are quantised before anything goes on.  What is held is the values at that place,
-    one matrix, and one more for each weight with readers that are still to come: it is quantised at
-    its last reader, on the sum over all of them, and read unrounded until then.
+    read; there its second moments are taken, and weights are quantised before anything goes on.
+    Weights that read the same values, such as a block's queries, keys and values, are quantised
+    together.  Those with several readers are at the last one, on the sum over all of them, and read
+    unrounded until then.  What is held is the values at a place, one matrix, and one more for each
+    set of weights that waits for further readers.
 
     Args:
         program: is not changed.
@@ -54,50 +54,50 @@ def in_sequence(
         PassError: what a weight reads is not finite.
         DataError: there is no calibration text, and none can be made up.
     """
-    readers = {name: _stops(graph, wanted) for name, graph in program.graphs.items()}
-    left = Counter(s.name for stops in readers.values() for read in stops.values() for s in read)
-    waiting: dict[str, Moments] = {}
+    groups = _groups(program, wanted)
+    read = {node for inputs in groups for node in inputs}
+    waiting: dict[tuple[fx.Node, ...], Moments] = {}
     current = replace(program, weights=program.weights.copy())
     run = runner(current, context.device)
     windows = context.calibration_tokens(program).tokens
     parts = batches(windows)
-    with context.progress.task("quantizing", total=sum(left.values())) as advance:
-        for name, stops in readers.items():
+    total = sum(len(inputs) * len(group) for inputs, group in groups.items())
+    with context.progress.task("quantizing", total=total) as advance:
+        for name, graph in program.graphs.items():
+            stops = [node for node in graph.nodes if node in read]
             if not stops:
                 continue
-            inputs = [graph_inputs(program, name, batch, run) for batch in parts]
-            stages = Stages(current, inputs, name, device=context.device)
-            for stop, read in stops.items():
+            given = [graph_inputs(program, name, batch, run) for batch in parts]
+            stages = Stages(current, given, name, device=context.device)
+            for stop in stops:
                 moments = _measured(stages, stop)
-                left.subtract(shared.name for shared in read)
-                alone = []  # read here and nowhere else: they can be done together
-                for shared in read:
-                    found = _sum(waiting.pop(shared.name, None), moments)
-                    if left[shared.name]:
-                        waiting[shared.name] = found
-                    elif found is moments:
-                        alone.append(shared)
+                for inputs, group in groups.items():
+                    if not (times := inputs.count(stop)):
+                        continue
+                    here = replace(moments, count=times * moments.count)
+                    found = _sum(waiting.pop(inputs, None), here)
+                    if stop is not inputs[-1]:
+                        waiting[inputs] = found
                     else:
-                        _put(current, [shared], quantize([shared], found))
-                if alone:
-                    _put(current, alone, quantize(alone, moments))
-                advance(len(read))
+                        for shared, weight in zip(group, quantize(group, found), strict=True):
+                            current.weights.put(shared.name, weight)
+                    advance(times * len(group))
 
 
-def _put(program: Program, done: list[Shared], weights: list[Weight]) -> None:
-    for shared, weight in zip(done, weights, strict=True):
-        program.weights.put(shared.name, weight)
+def _groups(program: Program, wanted: list[Shared]) -> dict[tuple[fx.Node, ...], list[Shared]]:
+    """Return the weights by the values that they are multiplied with, one for each reader.
 
-
-def _stops(graph: fx.Graph, wanted: list[Shared]) -> Mapping[fx.Node, list[Shared]]:
-    """Return the values that weights are multiplied with, in graph order, and by which."""
-    places = {node: index for index, node in enumerate(graph.nodes)}
-    found: dict[fx.Node, list[Shared]] = {}
+    The values are in the order in which they are computed.
+    """
+    nodes = [node for graph in program.graphs.values() for node in graph.nodes]
+    places = {node: index for index, node in enumerate(nodes)}
+    found: dict[tuple[fx.Node, ...], list[Shared]] = {}
     for shared in wanted:
-        for _, node in shared.readers:
-            if node in places and (linear := Linear.match(node)) is not None:
-                found.setdefault(linear.input, []).append(shared)
-    return {stop: found[stop] for stop in sorted(found, key=places.__getitem__)}
+        linears = [linear for _, node in shared.readers if (linear := Linear.match(node))]
+        inputs = sorted((linear.input for linear in linears), key=places.__getitem__)
+        if inputs:
+            found.setdefault(tuple(inputs), []).append(shared)
+    return found
 
 
 def _measured(stages: Stages, stop: fx.Node) -> Moments:

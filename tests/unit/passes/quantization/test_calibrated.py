@@ -131,19 +131,32 @@ def test_a_weight_that_is_read_twice_is_quantised_once_on_both() -> None:
     program = TieBlocks(unique=1)(canonical("llama"), context()).program
     wanted = [s for s in find_shared(program) if s.linear and not s.embedding]
     seen: dict[str, Moments] = {}
+    sizes: list[int] = []
 
     def quantize(together: list[Shared], moments: Moments) -> list[Weight]:
+        sizes.append(len(together))
         for shared in together:
             assert shared.name not in seen
             seen[shared.name] = moments
         return [program.weights[shared.name] for shared in together]
 
     in_sequence(program, wanted, context(), quantize)
+    assert sizes == [3, 1, 2, 1]  # those that read the same, at once
     tied = next(shared for shared in wanted if len(shared.readers) > 1)
     x = inputs_of(program, tied.name).double()
     assert seen[tied.name].count == len(x)
     assert len(x) == len(tied.readers) * windows().tokens.numel()
     assert relative_error(x.T @ x / len(x), seen[tied.name].matrix.double()) <= 1e-5
+
+
+def test_a_weight_that_reads_one_value_twice_is_quantised_once() -> None:
+    program = canonical("t5").editable()
+    views = [view for node in program.graphs["encoder"].nodes if (view := Linear.match(node))]
+    first, *_, last = (view for view in views if view.input is views[-1].input)
+    last.set_weights(first.weight, None)
+    program.clean()
+    made = quantizer(method="gptq", only=("*EncDecAttention*",))(program, context()).program
+    assert str(first.weight.target) not in made.weights
 
 
 def codes(program: Program) -> dict[str, Stored]:
