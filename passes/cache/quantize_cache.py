@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -49,9 +50,10 @@ class QuantizeCache(Pass):
 
     Trained after this pass, gradients pass the rounding of new tokens as if it was not there.
 
-    Refuses, as an error: a model without a cache, a block that is not there.  Leaves alone, with a
-    remark: entries whose past is not simply joined with new tokens, heads whose width does not
-    fill whole bytes, and cross-attention keys and values, which are written once.
+    Refuses, as an error: a model without a cache, a block that is not there, ``target-bits`` that
+    no table meets.  Leaves alone, with a remark: entries whose past is not simply joined with new
+    tokens, heads whose width does not fill whole bytes, cross-attention keys and values, which are
+    written once, and where widths are searched an entry whose other half is left alone.
 
     Source: KVTuner (arXiv 2502.04420): per-token asymmetric rounding, sections 4 and 5 for the
     search.  Its zero point is a whole number of any size; here the range holds 0, so that it fits
@@ -63,8 +65,8 @@ class QuantizeCache(Pass):
         value_bits: width of values; as for keys.
         blocks: widths of single blocks, keys/values, such as 0:8/8,1-5:4/2; blocks are numbered as
             the entries of the cache.
-        target_bits: mean width to search a table for, 2 to 8, scales not counted; instead of the
-            other three.
+        target_bits: mean width to search a table for, 2 to 8, scales and what is left alone not
+            counted; instead of the other three.
         search: sums, which is ours, or nsga2, which is KVTuner's and needs optuna
             (pip install modelathe[search]); none: sums.
         trials: tables that nsga2 measures; none: 100.
@@ -131,7 +133,14 @@ class QuantizeCache(Pass):
                 f"quantize-cache: {program.origin.model} keeps no keys and values",
                 remedy="leave the pass out: only decoders with a cache have some",
             )
-        known = _numbers(Entries.of(program, graph))
+        entries = Entries.of(program, graph)
+        if self.target_bits is not None and not entries.pairs():
+            raise PassError(
+                f"quantize-cache: target-bits={self.target_bits:g} is out of reach: no block has "
+                "both keys and values that can be rounded",
+                remedy="give the widths with key-bits=, value-bits= or blocks=",
+            )
+        known = _numbers(entries)
         missing = [block for block in read_table(self.blocks) if block not in known]
         if missing:
             raise PassError(
@@ -144,7 +153,7 @@ class QuantizeCache(Pass):
         assert graph is not None
         entries = Entries.of(program, graph)
         found: Found | None = None
-        if self.target_bits is not None and entries.pairs():
+        if self.target_bits is not None:
             found = search(
                 program,
                 context,
@@ -183,12 +192,17 @@ class QuantizeCache(Pass):
         self, entries: Entries, graph: str, found: Found | None
     ) -> tuple[dict[int, Pair], list[Remark]]:
         """Return the widths by block, and what to say about them."""
-        uniform = dict.fromkeys(_numbers(entries), self._uniform)
+        numbers = _numbers(entries)
         if found is None:
-            return uniform | read_table(self.blocks), []
+            return dict.fromkeys(numbers, self._uniform) | read_table(self.blocks), []
         assert self.target_bits is not None
         point = found.within(self.target_bits)
-        return uniform | dict(point.table), [_chosen(graph, found, point)]
+        alone = [entry.name for entry in entries.found if entry.number not in point.table]
+        why = "widths are searched for keys and values of a block, and its other half is left alone"
+        left: dict[int, Pair] = dict.fromkeys(numbers, (None, None))
+        table = left | dict(point.table)
+        remarks = [_chosen(graph, found, point, table)]
+        return table, [*remarks, *(Remark("missed", name, why) for name in alone)]
 
     def ensures(self, before: Program, after: Program) -> None:
         """Check on a few tokens that what attention reads is within half a step of what was made.
@@ -221,10 +235,10 @@ def _numbers(entries: Entries) -> list[int]:
     return sorted({*names, *(entry.number for entry in entries.found)})
 
 
-def _chosen(graph: str, found: Found, point: Point) -> Remark:
+def _chosen(graph: str, found: Found, point: Point, table: Mapping[int, Pair]) -> Remark:
     text = (
         f"{point.bits:.3g} bits on average, KL {point.kl:.3g} on calibration text, best of "
-        f"{found.measured} tables: blocks={','.join(write_table(point.table))}"
+        f"{found.measured} tables: blocks={','.join(write_table(table))}"
     )
     return Remark("applied", graph, text)
 

@@ -69,9 +69,19 @@ class Found:
     space: int
 
     def within(self, bits: float) -> Point:
-        """Return the best point of at most ``bits`` on average."""
+        """Return the best point of at most ``bits`` on average.
+
+        Raises:
+            PassError: none is that small.
+        """
         small = [point for point in self.front if point.bits <= bits + 1e-9]
-        return small[-1] if small else self.front[0]
+        if not small:
+            raise PassError(
+                f"quantize-cache: target-bits={bits:g} is out of reach: of {self.measured} tables "
+                f"that were measured the smallest has {self.front[0].bits:.3g} bits",
+                remedy="allow more; codes of a head fill whole bytes",
+            )
+        return small[-1]
 
     def known(self) -> dict[str, Any]:
         """Return what was found as a manifest has it; plain JSON values."""

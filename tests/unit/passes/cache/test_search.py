@@ -157,11 +157,54 @@ def test_calls_that_name_a_dtype_are_measured_in_float32_as_all_others_are() -> 
     assert torch.equal(plain, named)
 
 
-def test_pairs_of_which_codes_fill_no_whole_bytes_are_no_candidates() -> None:
+def six_wide() -> Program:
+    """Return a model whose keys fill whole bytes with 4 and 8 bits only."""
     program = canonical("llama").editable()
     for entry in Entries.of(program, "main").found:
         if entry.part == "key":  # only the shape is looked at
             entry.newest.meta["val"] = entry.newest.meta["val"][..., :6]
-    errors = attention_errors(program, context(), "main", windows())
+    return program
+
+
+def test_pairs_of_which_codes_fill_no_whole_bytes_are_no_candidates() -> None:
+    errors = attention_errors(six_wide(), context(), "main", windows())
     kept = {CANDIDATES[index][0] for own in errors.candidates() for index in own}
     assert kept == {4, 8}
+
+
+def test_a_target_below_every_table_is_refused() -> None:
+    result = search(six_wide(), context(), "main")
+    smallest = min(point.bits for point in result.front)
+    assert result.within(smallest).bits == smallest > 2.5
+    with pytest.raises(PassError, match=f"target-bits=2.5 is out of reach.* has {smallest:.3g}"):
+        result.within(2.5)
+
+
+def without_keys(*blocks: int) -> Program:
+    """Return a model of which something else reads the past keys of some blocks, too."""
+    program = canonical("llama").editable()
+    graph = program.graph
+    for entry in Entries.of(program, "main").found:
+        if entry.part == "key" and entry.number in blocks:
+            with graph.inserting_after(entry.past):
+                copy = graph.call_function(torch.ops.aten.clone.default, (entry.past,))
+            copy.meta.update(entry.past.meta)
+            with graph.inserting_after(entry.join):
+                both = graph.call_function(torch.ops.aten.cat.default, ([copy, entry.newest], 2))
+            both.meta.update(entry.join.meta)
+            entry.join.replace_all_uses_with(both, lambda user: user.op != "output")
+    return program
+
+
+def test_a_block_with_one_half_that_can_be_rounded_is_left_alone_by_the_search() -> None:
+    made = QuantizeCache(target_bits=4)(without_keys(1), context())
+    left = [r for r in made.remarks if r.where == "past_key_values.1.value"]
+    assert [remark.kind for remark in left] == ["missed"]
+    assert made.details["blocks"].endswith(",1:none/none")
+    assert "past_key_values.1.value_scale" not in made.program.signature.inputs
+    assert any(made.details["blocks"] in remark.message for remark in made.remarks)
+
+
+def test_a_target_for_no_block_with_both_halves_is_refused() -> None:
+    with pytest.raises(PassError, match="target-bits=4 is out of reach"):
+        QuantizeCache(target_bits=4)(without_keys(0, 1), context())
