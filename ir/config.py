@@ -49,6 +49,16 @@ def vocab_size(config: Mapping[str, Any]) -> int | None:
     return next((n for n in found if isinstance(n, int) and not isinstance(n, bool)), None)
 
 
+def end_tokens(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the tokens that end a text: one, several as in Llama 3, or none that is named."""
+    for source in with_text_part(config):
+        named = source.get("eos_token_id")
+        several = named if isinstance(named, list | tuple) else (named,)
+        if found := tuple(n for n in several if isinstance(n, int) and not isinstance(n, bool)):
+            return found
+    return ()
+
+
 def with_text_part(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     """Return a configuration, and the one of its language model where it has that apart."""
     nested = config.get("text_config")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from ...ir import Norm, Program, call_key, fingerprint
+from ...ir.config import end_tokens
 from ..context import PassContext
 from ..outputs import batches, predictions, token_batch
 from ..probes import Inputs
@@ -69,8 +70,7 @@ def norm_deviations(program: Program, context: PassContext) -> NormDeviations:
     Source: arXiv 2507.02559: the mean over tokens of each token's deviation.
     """
     windows = context.calibration_tokens(program).tokens
-    end = program.config.get("eos_token_id")
-    meter = _Meter(program, end if isinstance(end, int) else None)
+    meter = _Meter(program, end_tokens(program.config))
 
     def run(inputs: Inputs, graph: str) -> dict[str, Tensor]:
         return program.run(
@@ -116,7 +116,7 @@ class _Meter:
     """Sums deviations while a program runs, in float64."""
 
     program: Program
-    end: int | None
+    ends: tuple[int, ...]
     tokens: Tensor = field(default_factory=lambda: torch.empty(0))
     sums: dict[str, _Sums] = field(default_factory=lambda: defaultdict(_Sums))
     _norms: dict[fx.Node, list[tuple[str, Norm]]] = field(default_factory=dict)
@@ -135,8 +135,7 @@ class _Meter:
                 continue
             usual = torch.ones_like(self.tokens, dtype=torch.bool)
             usual[:, 0] = False
-            if self.end is not None:
-                usual &= self.tokens != self.end
+            usual &= ~torch.isin(self.tokens, self.tokens.new_tensor(self.ends))
             self.sums[key].add(found[usual], found[:, 0])
 
     def means(self) -> dict[str, Deviation]:

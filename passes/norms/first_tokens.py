@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from ...ir import ComputedWeight, Norm, Program, TensorWeight, call_key, insert_call
 from ...ir.calls import aten
+from ...ir.config import end_tokens
 from .freezing import Constant
 
 _NAME = "first_tokens.shares"
@@ -82,7 +83,7 @@ def _special(program: Program, graph: fx.Graph, ends: bool, first: fx.Node) -> f
     """Insert what tells first positions (and end-of-text tokens) from others; without a last axis.
 
     Args:
-        program: whose configuration names the end-of-text token.
+        program: whose configuration names the end-of-text tokens.
         graph: where ``knows_first`` holds.
         ends: whether end-of-text tokens are special, too.
         first: the call to insert it before.
@@ -96,8 +97,8 @@ def _special(program: Program, graph: fx.Graph, ends: bool, first: fx.Node) -> f
         size = call(aten.sym_size.int, (ids, 1))
         positions = call(aten.arange.default, (size,))
     found = call(aten.eq.Scalar, (positions, 0))
-    if not ends:
-        return found
-    assert ids is not None
-    more = call(aten.eq.Scalar, (ids, program.config["eos_token_id"]))
-    return call(aten.logical_or.default, (found, more))
+    for end in end_tokens(program.config) if ends else ():
+        assert ids is not None
+        more = call(aten.eq.Scalar, (ids, end))
+        found = call(aten.logical_or.default, (found, more))
+    return found

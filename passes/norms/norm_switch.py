@@ -32,11 +32,11 @@ class NormSwitch(Switch):
         start: the deviation to begin with; first tokens begin with a constant of their own where it
             has one for them.
         ends: whether end-of-text tokens have that too.
-        end: the end-of-text token.
+        end: the end-of-text tokens.
     """
 
     def __init__(
-        self, norm: Norm, path: Path, start: Deviation, ends: bool, end: int | None
+        self, norm: Norm, path: Path, start: Deviation, ends: bool, end: tuple[int, ...]
     ) -> None:
         super().__init__()
         self.kind, self.eps, self.path, self.end = norm.kind, norm.eps, path, end
@@ -46,7 +46,7 @@ class NormSwitch(Switch):
         self.register_buffer("special", torch.tensor(value, dtype=torch.float64))
         self.register_buffer("frozen", torch.tensor(False))
         self.register_buffer("has_first", torch.tensor(first))
-        self.register_buffer("has_ends", torch.tensor(first and ends and end is not None))
+        self.register_buffer("has_ends", torch.tensor(first and ends and bool(end)))
 
     usual: Tensor
     special: Tensor
@@ -90,9 +90,11 @@ class NormSwitch(Switch):
         plain = torch.ones_like(like, dtype=torch.bool)
         if self.tokens is not None and self.tokens.shape == like.shape:
             plain[:, 0] = False
-            if self.end is not None:
-                plain &= self.tokens != self.end
+            plain &= ~self._is_end(self.tokens)
         return plain
+
+    def _is_end(self, tokens: Tensor) -> Tensor:
+        return torch.isin(tokens, tokens.new_tensor(self.end))
 
     def _measure(self, divisor: Tensor) -> None:
         plain = self._usual(divisor)
@@ -105,7 +107,7 @@ class NormSwitch(Switch):
         if self.has_first:
             value[:, 0] = float(self.special)
         if self.has_ends and self.tokens is not None and self.tokens.shape == like.shape:
-            value[self.tokens == self.end] = float(self.special)
+            value[self._is_end(self.tokens)] = float(self.special)
         return value
 
 

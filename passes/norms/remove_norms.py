@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, cast
 from torch import fx
 
 from ...ir import Norm, PassError, Program, call_key, mark, marks_of
+from ...ir.config import end_tokens
 from ..analysis.norm_deviations import Deviation, norm_deviations
 from ..base import Fidelity, PassContext, PassResult, Remark
 from ..blame import not_finite
@@ -108,7 +109,7 @@ class RemoveNorms(SwitchingPass):
                 "there is no divergence for target-kl",
                 remedy="leave target-kl out",
             )
-        if self.end_of_text and not isinstance(program.config.get("eos_token_id"), int):
+        if self.end_of_text and not end_tokens(program.config):
             raise PassError(
                 f"remove-norms: the configuration of {program.origin.model} names no end-of-text "
                 "token",
@@ -225,14 +226,13 @@ class RemoveNorms(SwitchingPass):
         norm, marks = Norm.match(node), marks_of(node)
         assert norm is not None
         first = None if marks[_FIRST] == "None" else float(marks[_FIRST])
-        end = program.config.get("eos_token_id")
         path = cast(Path, marks[_PATH])
         return NormSwitch(
             norm,
             path,
             Deviation(float(marks[_USUAL]), first),
             self.end_of_text and path == "value",
-            end if isinstance(end, int) else None,
+            end_tokens(program.config),
         )
 
     def turn(self, switches: Mapping[fx.Node, Switch], step: int, steps: int, loss: float) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from ...ir import Program, find_blocks
+from ...ir.config import end_tokens
 
 
 def deviation_penalty(
@@ -21,7 +22,7 @@ def deviation_penalty(
     differentiated.
 
     Args:
-        program: says what the end-of-text token is.
+        program: says what the end-of-text tokens are.
         trainee: the copy of it that is trained.
         weight: of the term.
 
@@ -30,7 +31,7 @@ def deviation_penalty(
     blocks = [block for graph in trainee.graphs.values() for block in find_blocks(graph)]
     if not blocks or blocks[-1].output is None:
         return None
-    place, end = blocks[-1].output, program.config.get("eos_token_id")
+    place, ends = blocks[-1].output, end_tokens(program.config)
 
     def begin(tokens: Tensor) -> tuple[Callable[[fx.Node, Any], None], Callable[[], Tensor]]:
         held: list[Tensor] = []
@@ -43,8 +44,7 @@ def deviation_penalty(
             deviation = (held[-1].var(-1, correction=0) + 1e-5).sqrt()
             plain = torch.ones_like(tokens, dtype=torch.bool)
             plain[:, 0] = False
-            if isinstance(end, int):
-                plain &= tokens != end
+            plain &= ~torch.isin(tokens, tokens.new_tensor(ends))
             mean = deviation[plain].mean().detach()
             return weight * (deviation - mean).square().mean()
 

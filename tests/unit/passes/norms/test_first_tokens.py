@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -78,14 +79,16 @@ def test_factors_of_first_tokens_are_not_trained() -> None:
     assert not after.weights.is_parameter(name)
 
 
-def test_end_of_text_is_special_on_the_way_to_values_alone() -> None:
+@pytest.mark.parametrize("end", [2, [9, 2]])
+def test_end_of_text_is_special_on_the_way_to_values_alone(end: Any) -> None:
     program = unlike_first_tokens()
+    program = replace(program, config={**program.config, "eos_token_id": end})
     result = removed(program, end_of_text=True)
     assert not any(map(Norm.match, result.program.graph.nodes))
     judge_consistency(program, result.program, "remove-norms")
     separate = removed(program)
     tokens = torch.full((1, 6), 5)
-    tokens[0, 3] = program.config["eos_token_id"]
+    tokens[0, 3] = 2
     outs = [
         one.run(feeds(one, tokens, empty_cache(one, 1), 0))["logits"]
         for one in (result.program, separate.program)

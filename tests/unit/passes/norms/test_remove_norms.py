@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from modelathe.passes.analysis.norm_deviations import deviation, norm_deviations
 from modelathe.passes.norms.freezing import Constant
 from modelathe.passes.norms.norm_switch import NormSwitch
 from modelathe.passes.norms.remove_norms import frozen
-from modelathe.passes.probes import feeds
+from modelathe.passes.probes import empty_cache, feeds
 from support.models import canonical
 from support.numeric import worst_error
 from support.training import SHORT, context, text
@@ -98,9 +99,11 @@ def test_a_norm_frozen_at_the_true_deviation_is_the_norm(name: str) -> None:
     assert worst_error({"y": found}, {"y": live(x, [32], *rest)}) < 1e-12
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_deviations_are_the_means_over_tokens(name: str) -> None:
+@pytest.mark.parametrize(("name", "ends"), [("gpt2", 2), ("llama", [5, 2])])
+def test_deviations_are_the_means_over_tokens(name: str, ends: Any) -> None:
+    given = text().tokens
     program = canonical(name)
+    program = replace(program, config={**program.config, "eos_token_id": ends})
     seen: dict[str, torch.Tensor] = {}
     places = {norm.input: norm for norm in views(Norm, program)}
 
@@ -109,12 +112,9 @@ def test_deviations_are_the_means_over_tokens(name: str) -> None:
             norm = places[node]
             seen[norm.node.name] = deviation(value.double(), norm.kind, norm.eps)
 
-    given = text().tokens
-    from modelathe.passes.probes import empty_cache
-
     program.run(feeds(program, given, empty_cache(program, len(given)), 0), observe=observe)
     found = norm_deviations(program, context()).norms
-    end = given != program.config.get("eos_token_id", -1)
+    end = ~torch.isin(given, torch.tensor(ends))
     end[:, 0] = False
     for node, value in seen.items():
         assert found[node].usual == pytest.approx(float(value[end].mean()), rel=1e-5)

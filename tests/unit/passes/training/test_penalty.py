@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,9 +15,10 @@ from support.models import canonical
 from support.training import SHORT, context
 
 
-def test_it_is_the_spread_of_deviations_around_that_of_plain_tokens() -> None:
+@pytest.mark.parametrize("end", [7, [9, 7]])
+def test_it_is_the_spread_of_deviations_around_that_of_plain_tokens(end: Any) -> None:
     program = canonical("gpt2")
-    program.config["eos_token_id"] = 7
+    program = replace(program, config={**program.config, "eos_token_id": end})
     place = find_blocks(program.graph)[-1].output
     assert place is not None
     tokens = torch.tensor([[1, 7, 3, 4], [7, 2, 5, 6]])
