@@ -30,7 +30,8 @@ class Recipe:
         iterations: sweeps of coordinate descent.
         relax: leave some of them unrounded.
         damping: share of the mean power that is added to every column's.
-        refit: choose the scales again when the codes are known, and sweep once more.
+        refit: choose the scales again when the codes are known, with quantease three times and
+            with more sweeps in between.
         outliers: share of the entries that are kept beside the codes; none: none.
         outlier_kind: which ones.
     """
@@ -49,6 +50,13 @@ class Recipe:
     def reads_text(self) -> bool:
         """Whether it needs to know what weights read."""
         return self.method != "rtn" or self.clip == "activation"
+
+    @property
+    def refits(self) -> int:
+        """How often scales are chosen again: more than once where sweeps move codes in between."""
+        if not self.refit:
+            return 0
+        return _REFITS if "quantease" in self.method else 1
 
     def __str__(self) -> str:
         parts: list[str] = [self.method]
@@ -100,7 +108,7 @@ def recipe_for(
 
 
 _STEADY = 1e-4  # of the mean power, is added to moments that scales are fitted on
-_REFITS = 3  # how often scales are chosen again
+_REFITS = 3  # how often scales are chosen again where there are sweeps
 _SWEEPS = 2  # of coordinate descent between two of them
 
 
@@ -180,7 +188,7 @@ def solve(name: str, weight: Tensor, moments: Moments, qtype: QuantType, recipe:
     # sweeps are, they would fit held-out inputs worse.
     steady = natural.clone()
     steady.diagonal().add_(_STEADY * power.mean())
-    for turn in range(_REFITS if recipe.refit else 0):
+    for turn in range(recipe.refits):
         if turn:
             found = quantease(target, matrix, found, decide, _SWEEPS, relax=False)
             beside, levels = _parted(found, free, columns, weight.dtype)

@@ -91,7 +91,8 @@ class QuantizeWeights(Pass):
         iterations: sweeps of coordinate descent; none: as the method says, 30 for quantease.
         relax: leave every third sweep unrounded; none: as the method says.
         damping: share of the mean power that is added to every column's; none: as the method says.
-        refit: choose the scales again when the codes are known; none: as the method says.
+        refit: choose the scales again when the codes are known, with quantease three times and
+            with sweeps in between; none: as the method says.
         outliers: share of the entries, or columns, that are kept as they are; none: none.
         outlier_kind: structured (whole columns, runs everywhere) or unstructured (single entries,
             a smaller error); none: structured.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from modelathe.ir.quant import QuantizedTensor, QuantType
 from modelathe.passes import PassContext, PassError, QuantizeWeights
 from modelathe.passes.data import TokenWindows
 from modelathe.passes.quantization import quantize_weights
-from modelathe.passes.quantization.methods import AUTO, solve
+from modelathe.passes.quantization.methods import AUTO, PUBLISHED, share_lost, solve
 from modelathe.passes.quantization.outliers import Outliers, Solved
 from modelathe.passes.quantization.sequential import Moments
 from support.models import canonical
@@ -77,16 +77,33 @@ def test_it_is_said_where_nothing_is_left_of_the_results(monkeypatch: pytest.Mon
     assert any(r.kind == "missed" and "nothing is left" in r.message for r in remarks)
 
 
-def test_refitted_scales_stay_near_the_weight_where_powers_differ_by_far() -> None:
+def uneven() -> tuple[torch.Tensor, Moments]:
+    """Return a weight, and moments of inputs whose powers differ by far."""
     generator = torch.Generator().manual_seed(0)
     powers = torch.exp(4 * torch.randn(96, 1, generator=generator))
     mixing = torch.randn(96, 12, generator=generator) / 12**0.5
     inputs = mixing @ torch.randn(12, 1000, generator=generator)
     inputs = powers * (inputs + 0.3 * torch.randn(96, 1000, generator=generator))
     weight = torch.randn(64, 96, generator=generator)
-    moments = Moments(inputs @ inputs.T / 1000, 1000)
+    return weight, Moments(inputs @ inputs.T / 1000, 1000)
+
+
+def test_refitted_scales_stay_near_the_weight_where_powers_differ_by_far() -> None:
+    weight, moments = uneven()
     solved = solve("weight", weight, moments, QuantType(2, 16, symmetric=False), AUTO)
     assert float(solved.dequantize().abs().max()) < 2 * float(weight.abs().max())
+
+
+def test_refitting_leaves_the_codes_of_gptq_as_they_are() -> None:
+    weight, moments = uneven()
+    qtype = QuantType(3, 16, symmetric=False)
+    plain, fitted = (
+        solve("weight", weight, moments, qtype, replace(PUBLISHED["gptq"], refit=refit))
+        for refit in (False, True)
+    )
+    assert fitted.codes.codes.equal(plain.codes.codes)
+    lost = [share_lost(weight, solved, moments) for solved in (fitted, plain)]
+    assert lost[0] < 0.9 * lost[1]
 
 
 def test_what_was_solved_elsewhere_comes_back_into_memory_with_all_its_parts() -> None:
