@@ -49,7 +49,7 @@ class Recipe:
     @property
     def reads_text(self) -> bool:
         """Whether it needs to know what weights read."""
-        return self.method != "rtn" or self.clip == "activation"
+        return self.method != "rtn"
 
     @property
     def refits(self) -> int:
@@ -256,8 +256,6 @@ def _rounded(
 ) -> Tensor:
     """Return the values of a weight on its grid, columns in the order in which they are visited."""
     found = target
-    if recipe.method == "rtn":
-        return torch.stack([decide(j, column) for j, column in enumerate(target)])
     if recipe.method.startswith("gptq"):
         size = len(target) // len(columns.scales)
         # as published: a group's grid covers its columns as they are when they are reached
