@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..ir import MAIN, DataError, FidelityError, Program, TensorWeight
 from .context import PassContext
-from .metrics import CosineTally, TokenTally, mean_pool
-from .outputs import batches, predictions, runner, token_batch
+from .metrics import CosineTally, TokenTally
+from .outputs import batches, predictions, rows_of, runner, token_batch
 from .probes import Inputs, probe, probes
 
 EXACT = 1e-9  # largest relative error in float64 of a rewrite that is equal in exact arithmetic
@@ -306,13 +306,8 @@ def _batches(program: Program, context: PassContext) -> Iterator[Inputs]:
 
 
 def forward(program: Program, batch: Inputs, device: str = "cpu") -> Tensor:
-    """Return what is compared: logits ``[b, s, vocab]``, or one row ``[b, width]`` per item.
-
-    An encoder's row is its first output, averaged over positions.
-    """
+    """Return what is compared: logits ``[b, s, vocab]``, or one row ``[b, width]`` per item."""
     first = predictions(program, batch, runner(program, device))
     if program.kind in ("decoder", "encoder-decoder"):
         return first
-    if program.kind == "encoder" and first.dim() == 3:
-        return mean_pool(first, torch.ones(first.shape[:2]))
-    return first.flatten(1) if first.dim() > 1 else first.reshape(1, -1)
+    return rows_of(program.kind, first)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..ir import MAIN, Program
+from ..ir import MAIN, Kind, Program
 from .context import PassContext
 from .probes import Inputs, empty_cache, feeds, seq2seq_batch, seq2seq_feeds
 
@@ -59,6 +59,16 @@ def predictions(program: Program, batch: Inputs, run: Runner) -> Tensor:
         return run(feeds(program, tokens, empty_cache(program, len(tokens)), 0), MAIN)["logits"]
     inputs = feeds(program, batch["input_ids"], {}, 0) if program.kind == "encoder" else batch
     return next(iter(run(inputs, MAIN).values()))
+
+
+def rows_of(kind: Kind, first: Tensor) -> Tensor:
+    """Return one row ``[b, width]`` for each item of what a model without logits predicts.
+
+    An encoder's row is the mean over positions, in float64.
+    """
+    if kind == "encoder" and first.dim() == 3:
+        return first.double().mean(1)
+    return first.flatten(1) if first.dim() > 1 else first.reshape(1, -1)
 
 
 def predicting(program: Program) -> set[fx.Node]:

@@ -17,8 +17,7 @@ from ...ir.quant import QuantizedTensor, QuantType, quantize
 from ..context import PassContext
 from ..data import TokenWindows
 from ..fidelity import Reference
-from ..metrics import mean_pool
-from ..outputs import batches, predictions, token_batch
+from ..outputs import batches, predictions, rows_of, token_batch
 from ..probes import Inputs
 from ..progress import SilentProgress
 from .outliers import Solved
@@ -170,10 +169,8 @@ def _drawn(
         _check_finite(not bool(logs.isnan().any()))
         drawn = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator)
         return logs.gather(-1, drawn.to(logs.device)).sum(), len(logs)
-    pools = program.kind == "encoder" and found.dim() == 3
     _check_finite(bool(found.isfinite().all()))
-    pooled = mean_pool(found, torch.ones(found.shape[:2])) if pools else found.flatten(1)
-    unit = torch.nn.functional.normalize(pooled.double(), dim=-1)
+    unit = torch.nn.functional.normalize(rows_of(program.kind, found).double(), dim=-1)
     direction = torch.randn(unit.shape, generator=generator, dtype=torch.float64)
     return (unit * direction.to(unit.device)).sum(), len(unit)
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modelathe.ir import DataError, FidelityError, Linear, Program
 from modelathe.passes import Budget, Measured
@@ -23,6 +24,7 @@ from modelathe.passes.fidelity import (
     same_bits,
     tolerance,
 )
+from modelathe.passes.outputs import rows_of
 from support.edits import EDITS
 from support.models import canonical, context, program
 from support.views import views
@@ -227,3 +229,15 @@ def test_agreement_means_cosine_where_there_are_no_logits() -> None:
 def test_an_impossible_limit_is_refused(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"at least 0|a share from 0 to 1"):
         Budget(**options)
+
+
+def test_rows_of_an_encoder_are_means_over_positions() -> None:
+    first = torch.tensor([[[1.0, 2.0], [3.0, 6.0]]])
+    assert rows_of("encoder", first).tolist() == [[2.0, 4.0]]
+    assert rows_of("module", first).tolist() == [[1.0, 2.0, 3.0, 6.0]]
+
+
+def test_rows_are_made_on_the_device_of_what_was_predicted() -> None:
+    with FakeTensorMode():  # a device that need not be there
+        rows = rows_of("encoder", torch.empty(2, 3, 4, device="cuda"))
+    assert rows.device.type == "cuda"
