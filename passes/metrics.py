@@ -125,25 +125,6 @@ def kl_rows(reference: Tensor, model: Tensor) -> Tensor:
     return (probability * gap).sum(-1).clamp_min(0.0)
 
 
-def token_metrics(logits: Tensor, targets: Tensor, reference: Tensor | None = None) -> TokenMetrics:
-    """Return the figures of one text: ``logits [..., vocab]`` predict ``targets [...]``."""
-    tally = TokenTally()
-    flat = reference.flatten(0, -2) if reference is not None else None
-    tally.add(logits.flatten(0, -2), targets.flatten(), flat)
-    return tally.metrics()
-
-
-def mean_kl(reference: Tensor, logits: Tensor) -> float:
-    """Return mean KL(reference || model) in nats per row of two ``[..., vocab]`` logits."""
-    ours, theirs = logits.flatten(0, -2), reference.flatten(0, -2)
-    total = 0.0
-    for rows in _slices(*ours.shape):
-        total += float(
-            kl_rows(log_probabilities(theirs[rows]), log_probabilities(ours[rows])).sum()
-        )
-    return total / ours.shape[0]
-
-
 def cosine_rows(rows: Tensor, reference: Tensor) -> Tensor:
     """Return the cosine similarity of each pair of rows, float64, at most 1.
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ...ir import Linear, PassError, Program, QuantizedLinear, fingerprint
+from ...ir import Linear, PassError, Program, QuantizedLinear
 from ...ir.cache import dequantize_cache, packs, quantize_cache
 from ...ir.execute import Place
 from ..context import PassContext
@@ -29,13 +29,11 @@ class AttentionErrors:
             all tokens; float64 [blocks, pairs of ``CANDIDATES``].  Infinite for pairs of which
             codes do not fill whole bytes.
         tokens: how many were measured.
-        fingerprint: of the program that was measured.
     """
 
     blocks: tuple[int, ...]
     errors: Tensor
     tokens: int
-    fingerprint: str
 
     def candidates(self) -> tuple[tuple[int, ...], ...]:
         """Return, for each block, the pairs that no other one dominates in bits and error."""
@@ -69,7 +67,7 @@ def attention_errors(
     device = None if context.device == "cpu" else torch.device(context.device)
     meter = _Meter(program, graph, Place(torch.float32, device))
     observe_graph(program, graph, windows, meter.observe, context, "rounding keys and values")
-    return AttentionErrors(meter.blocks, meter.errors(), windows.numel(), fingerprint(program))
+    return AttentionErrors(meter.blocks, meter.errors(), windows.numel())
 
 
 def rounded(x: Tensor, bits: int) -> Tensor:

@@ -18,7 +18,7 @@ from .clusters import grouped
 from .entries import Entries
 from .pareto import lower_hull, pareto_front
 from .simulation import Simulation
-from .widths import CANDIDATES, Pair, mean_bits, write_table
+from .widths import CANDIDATES, Widths, mean_bits, write_table
 
 Method = Literal["sums", "nsga2"]
 FEW = 128  # tables; all of them are measured
@@ -35,7 +35,7 @@ class Point:
         kl: to the program that was searched for, nats per token of the calibration text.
     """
 
-    table: Mapping[int, Pair]
+    table: Mapping[int, Widths]
     bits: float
     kl: float
 
@@ -187,7 +187,7 @@ class _Plan:
         pairs = Entries.of(program, graph).pairs()
         self.numbers = {n: tuple(e.numbers for e in pair) for n, pair in pairs.items()}
 
-    def table(self, config: Config) -> dict[int, Pair]:
+    def table(self, config: Config) -> dict[int, Widths]:
         """Return the widths by block."""
         found = {
             self.blocks[row]: CANDIDATES[index]
@@ -196,11 +196,11 @@ class _Plan:
         }
         return dict(sorted(found.items()))
 
-    def alone(self, group: int, index: int) -> dict[int, Pair]:
+    def alone(self, group: int, index: int) -> dict[int, Widths]:
         """Return the widths of one group, the other blocks not being rounded."""
         return {self.blocks[row]: CANDIDATES[index] for row in self.sets[group]}
 
-    def bits(self, table: Mapping[int, Pair]) -> float:
+    def bits(self, table: Mapping[int, Widths]) -> float:
         """Return the mean width of a table for all blocks."""
         return mean_bits(table, self.numbers)
 
@@ -222,7 +222,7 @@ class _Measured:
 
     def __init__(self, simulation: Simulation, plan: _Plan, advance: Any) -> None:
         self.simulation, self.plan, self.advance = simulation, plan, advance
-        self.points: dict[tuple[Pair, ...], Point] = {}
+        self.points: dict[tuple[Widths, ...], Point] = {}
 
     def uniform(self, index: int) -> Point:
         """Measure one pair for all blocks."""
@@ -232,7 +232,7 @@ class _Measured:
         """Measure a choice for each group."""
         return self._table(self.plan.table(config))
 
-    def _table(self, table: dict[int, Pair]) -> Point:
+    def _table(self, table: dict[int, Widths]) -> Point:
         key = tuple(table.values())
         if key not in self.points:
             kl = self.simulation.kl(table)

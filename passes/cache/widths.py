@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 
 from ...ir.cache import WIDTHS
 
-Pair = tuple[int | None, int | None]  # of keys and of values; None: as they are
-CANDIDATES: tuple[tuple[int, int], ...] = tuple(
+Widths = tuple[int, int]  # of keys and of values
+Pair = tuple[int | None, int | None]  # the same; None: as they are
+CANDIDATES: tuple[Widths, ...] = tuple(
     (keys, values) for keys in reversed(WIDTHS) for values in reversed(WIDTHS)
 )
 _ROW = re.compile(r"(?P<first>\d+)(?:-(?P<last>\d+))?:(?P<keys>\w+)/(?P<values>\w+)")
@@ -57,21 +58,18 @@ def write_table(table: Mapping[int, Pair]) -> tuple[str, ...]:
     )
 
 
-def mean_bits(
-    table: Mapping[int, Pair], numbers: Mapping[int, tuple[int, ...]], whole: int = 32
-) -> float:
+def mean_bits(table: Mapping[int, Widths], numbers: Mapping[int, tuple[int, ...]]) -> float:
     """Return the mean width of a number of the cache; scales are not counted.
 
     Args:
         table: widths by block.
         numbers: how many numbers of keys and of values a token has, by block.
-        whole: width of a number that is not rounded.
 
     >>> mean_bits({0: (8, 4), 1: (4, 2)}, {0: (64, 64), 1: (64, 64)})
     4.5
     """
     total = sum(
-        (whole if bits is None else bits) * count
+        bits * count
         for block, pair in table.items()
         for bits, count in zip(pair, numbers[block], strict=True)
     )

@@ -151,11 +151,6 @@ class QuantizeWeights(Pass):
             raise ValueError("outlier_kind does nothing without outliers")
 
     @property
-    def usual_bits(self) -> int:
-        """The width of a linear for which no earlier pass has chosen one."""
-        return self.bits or _BITS
-
-    @property
     def settings(self) -> dict[str, Any]:
         """The settings of the method that were chosen and not left to it."""
         names = (
@@ -259,7 +254,7 @@ class QuantizeWeights(Pass):
 
     def width_of(self, shared: Shared) -> int | None:
         """Return the width that the options and earlier passes ask for; None: left alone."""
-        usual = self.bits or width_choice(shared) or self.usual_bits
+        usual = self.bits or width_choice(shared) or _BITS
         if shared.head or (shared.embedding and shared.linear):
             return usual if self.head_bits == "bits" else self.head_bits
         return self.embedding_bits if shared.embedding else usual

@@ -90,7 +90,6 @@ class Cost:
 
     def __init__(self, rounded: RoundedUnits, context: PassContext, windows: Tensor) -> None:
         self.rounded = rounded
-        self.measured = 0
         self._known: dict[tuple[tuple[int, int], ...], float] = {}
         text = TokenWindows.of(windows, "calibration")
         quiet = replace(context.fresh(), check_text=text, progress=SilentProgress())
@@ -116,7 +115,6 @@ class Cost:
             cost = found.kl if found.kl is not None else 1.0 - (found.cosine or 0.0)
             _check_finite(math.isfinite(cost))
             self._known[key] = cost
-            self.measured += 1
         return self._known[key]
 
 
