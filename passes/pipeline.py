@@ -158,19 +158,17 @@ class Pipeline:
                 observe(step)
             program = step.after
         measured = self._final(steps, program, reference)
-        program = self._recorded(program, steps, captured, reference)
+        program = self._recorded(program, captured, reference)
         return PipelineResult(program, tuple(steps), measured, context.used())
 
-    def _recorded(
-        self, program: Program, steps: list[Step], captured: Program, reference: Reference
-    ) -> Program:
+    def _recorded(self, program: Program, captured: Program, reference: Reference) -> Program:
         """Return the program with how it was made, for the manifest of whatever it becomes."""
         before = program.origin.record
         sizes = {"bytes": stored_bytes(captured), "parameters": parameter_count(captured)}
         record = {
             "seed": self.context.seed,
             "data": {**before.get("data", {}), **reference.context.used()},
-            "steps": [*before.get("steps", ()), *(step.summary() for step in steps)],
+            "steps": before["steps"],
             "captured": before.get("captured", sizes),
         }
         origin = replace(program.origin, record=record, checks=reference if self.check else None)
@@ -203,7 +201,11 @@ class Pipeline:
         implicit = isinstance(pass_, Canonicalize) and not result.modified
         after = after if implicit else after.after(text)
         told = tuple(warnings)
-        return Step(pass_, program, after, result.remarks, seconds, measured, told, result.details)
+        step = Step(pass_, program, after, result.remarks, seconds, measured, told, result.details)
+        # At once, for later passes ask what earlier ones did, which graphs do not always tell.
+        record = after.origin.record
+        record = {**record, "steps": [*record.get("steps", ()), step.summary()]}
+        return replace(step, after=replace(after, origin=replace(after.origin, record=record)))
 
     def _final(self, steps: list[Step], program: Program, reference: Reference) -> Measured:
         """Measure the result against the captured program; the last lossy step may have done it."""

@@ -299,7 +299,12 @@ _MEANT = {
 
 
 def _removed_norms(program: Program) -> bool:
-    return any("remove-norms" in text for text in program.origin.passes)
+    """Tell whether ``remove-norms`` froze norms, or marked some to be frozen."""
+    return any(
+        step["pass"].partition("{")[0] == "remove-norms"
+        and any(remark.startswith("applied") for remark in step["remarks"])
+        for step in program.origin.record.get("steps", ())
+    )
 
 
 def _turning(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from modelathe.ir import find_blocks
+from modelathe.ir import PassError, find_blocks
 from modelathe.passes import Heal, Pass, Pipeline, RemoveNorms
 from modelathe.passes.training.penalty import deviation_penalty
 from support.models import canonical
@@ -49,6 +49,18 @@ def test_healing_has_it_after_norms_were_removed_only() -> None:
     assert usual == healed(removed, auxiliary=0.1)
     assert usual != without
     assert healed() == healed(auxiliary=0.0)
+
+
+def test_healing_has_it_not_where_no_norm_could_be_removed() -> None:
+    without = RemoveNorms(target_kl=1e-12)
+    passes = [without, Heal(**{**SHORT, "steps": 1}, auxiliary=0.3)]
+    with pytest.raises(PassError, match="for norms that were removed, and none was"):
+        Pipeline(passes, context=context(), check=False)(canonical("gpt2"))
+
+
+def test_healing_has_it_for_norms_that_wait_for_it() -> None:
+    passes = [RemoveNorms(schedule="progressive"), Heal(**{**SHORT, "steps": 1}, auxiliary=0.3)]
+    Pipeline(passes, context=context(), check=False)(canonical("gpt2"))
 
 
 @pytest.mark.parametrize("name", ["norm-mlp", "conv-norms"])
