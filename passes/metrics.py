@@ -115,9 +115,10 @@ def log_probabilities(logits: Tensor) -> Tensor:
 
 
 def kl_rows(reference: Tensor, model: Tensor) -> Tensor:
-    """Return KL(reference || model) in nats of each row of two ``[n, vocab]`` log-probabilities.
+    """Return KL(reference || model) in nats of each row of two ``[..., vocab]`` log-probabilities.
 
-    A token that the reference gives no probability adds nothing (masked logits are -inf).
+    A token that the reference gives no probability adds nothing (masked logits are -inf), neither
+    to the value nor to the gradient.
     """
     probability = reference.exp()
     gap = torch.where(probability > 0, reference - model, 0.0)

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from ...ir import DataError, PassError, Program, SafetensorsFile
 from ...ir.execute import Bound
 from ..context import vocabulary
+from ..metrics import kl_rows
 from ..outputs import Runner, predicting, predictions, token_batch
 from ..probes import Inputs
 from ..progress import Progress
@@ -354,5 +355,4 @@ def distance(kind: str, expected: Tensor, found: Tensor) -> Tensor:
     if kind not in ("decoder", "encoder-decoder"):
         cosine_ = nn.functional.cosine_similarity(expected, found, dim=-1)
         return 1 - cosine_ + (expected - found).square().mean(-1)
-    wanted = torch.log_softmax(expected, -1)
-    return (wanted.exp() * (wanted - torch.log_softmax(found, -1))).sum(-1)
+    return kl_rows(torch.log_softmax(expected, -1), torch.log_softmax(found, -1))

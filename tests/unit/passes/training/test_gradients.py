@@ -9,6 +9,7 @@ import torch
 
 from modelathe.ir import Linear, PassError, Program, insert_call
 from modelathe.passes import Heal
+from modelathe.passes.training.trainer import distance
 from support.training import SHORT, context, pruned
 
 TOKENS = {name: value for name, value in SHORT.items() if name != "steps"}
@@ -46,3 +47,15 @@ def test_a_batch_is_no_larger_than_all_that_is_to_be_trained_on() -> None:
 def test_less_than_one_window_is_refused() -> None:
     with pytest.raises(PassError, match="tokens=7 are less than one window of 8"):
         Heal(**TOKENS, tokens=7)(pruned("llama"), context())
+
+
+@pytest.mark.parametrize("last", [-torch.inf, 0.0])
+def test_tokens_that_the_teacher_masks_leave_loss_and_gradient_finite(last: float) -> None:
+    expected = torch.tensor([[[0.0, 1.0, -torch.inf], [2.0, 0.5, 1.0]]])
+    found = torch.tensor([[[0.5, 0.2, last], [1.0, 1.0, 0.0]]], requires_grad=True)
+    loss = distance("decoder", expected, found)
+    loss.sum().backward()
+    assert loss.shape == (1, 2)
+    assert bool(loss.isfinite().all())
+    assert found.grad is not None
+    torch.testing.assert_close(found.grad, found.detach().softmax(-1) - expected.softmax(-1))
