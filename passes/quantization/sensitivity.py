@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from ...ir import Linear, PassError, Program
+from ...ir import Linear, PassError, Program, Weight
 from ...ir.execute import Place, interpret
-from ...ir.quant import QuantizedTensor, QuantType, quantize
+from ...ir.quant import QuantizedTensor, QuantType
 from ..context import PassContext
 from ..data import TokenWindows
 from ..fidelity import Reference
@@ -21,7 +20,7 @@ from ..outputs import batches, predictions, rows_of, token_batch
 from ..probes import Inputs
 from ..progress import SilentProgress
 from .outliers import Solved
-from .store import Dequantized
+from .store import Dequantized, Stored, store_rounded
 from .units import Unit
 
 
@@ -45,7 +44,7 @@ class RoundedUnits:
     ) -> None:
         self.program, self.units = program, units
         self.group_size, self.symmetric = group_size, symmetric
-        self._made: dict[tuple[str, int], QuantizedTensor] = {}
+        self._made: dict[tuple[str, int], Stored] = {}
 
     def tensor(self, name: str, bits: int) -> QuantizedTensor:
         """Return a weight in some width.
@@ -54,12 +53,14 @@ class RoundedUnits:
             PassError: it is not finite.
         """
         if (name, bits) not in self._made:
-            weight = self.program.weight(name).load()
-            try:
-                self._made[name, bits] = quantize(weight, self._type(bits))
-            except ValueError as error:
-                raise PassError(f"@{name}: {error}", remedy="mend or replace the weight") from error
-        return self._made[name, bits]
+            stored = store_rounded(name, self.program.weight(name), self._type(bits), "none")
+            self._made[name, bits] = stored
+        return self._made[name, bits].load()
+
+    def weight(self, name: str, bits: int) -> Weight:
+        """Return what takes a weight's place in some width."""
+        weight = self.program.weight(name)
+        return Dequantized(weight, self._type(bits), lambda: Solved(self.tensor(name, bits)))
 
     def error(self, name: str, bits: int) -> Tensor:
         """Return what rounding adds to a weight, float32 [out, in]."""
@@ -107,10 +108,8 @@ class Cost:
             trial = replace(program, weights=program.weights.copy())
             for index, width in key:
                 for shared in self.rounded.units[index].weights:
-                    tensor = self.rounded.tensor(shared.name, width)
-                    weight = program.weight(shared.name)
-                    read = partial(Solved, tensor)
-                    trial.weights.put(shared.name, Dequantized(weight, tensor.qtype, read))
+                    weight = self.rounded.weight(shared.name, width)
+                    trial.weights.put(shared.name, weight)
             found = self._reference.measure(trial)
             cost = found.kl if found.kl is not None else 1.0 - (found.cosine or 0.0)
             _check_finite(math.isfinite(cost))

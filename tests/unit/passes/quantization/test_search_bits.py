@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from modelathe.ir import (
+    SCRATCH,
     PassError,
     Program,
     QuantizedLinear,
@@ -172,6 +173,24 @@ def test_second_order_costs_are_those_of_small_errors() -> None:
     assert cost.measured == len(units)
     assert cost({0: 8}) == float(measured[0])
     assert cost.measured == len(units)
+
+
+def test_a_rounded_weight_is_made_once_and_kept_where_computed_weights_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    program, kept = canonical("llama"), []
+    units, _ = find_units(program)
+
+    def keep(fingerprint: str, value: Tensor) -> TensorWeight:
+        kept.append(value)
+        return TensorWeight(value, fingerprint)
+
+    monkeypatch.setattr(SCRATCH, "keep", keep)
+    small, name = RoundedUnits(program, units, 8, symmetric=False), units[0].weights[0].name
+    for _ in range(2):
+        dense = small.weight(name, 3).load()
+        assert small.tensor(name, 3).dequantize(dense.dtype).equal(dense)
+    assert [value.nbytes for value in kept] == [small.tensor(name, 3).nbytes]
 
 
 def test_gradients_reach_the_encoder_of_an_encoder_decoder() -> None:
