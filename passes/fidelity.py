@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
 
-from ..ir import MAIN, DataError, FidelityError, Program, TensorWeight
+from ..ir import MAIN, SCRATCH, DataError, FidelityError, Program, TensorWeight, Weight
 from .context import PassContext
 from .metrics import CosineTally, TokenTally
 from .outputs import batches, predictions, rows_of, runner, token_batch
@@ -229,14 +230,11 @@ def _raise(
 
 
 class Reference:
-    """The captured program's outputs on the check data, computed once while they are small."""
-
-    _KEEP = 1 << 29  # bytes
+    """The captured program's outputs on the check data, computed once."""
 
     def __init__(self, captured: Program, context: PassContext) -> None:
         self.captured, self.context = captured, context
-        self._kept: dict[int, Tensor] = {}
-        self._bytes = 0
+        self._kept: dict[int, Weight] = {}
 
     def measure(self, program: Program) -> Measured:
         """Return how far ``program`` is from the captured one."""
@@ -260,12 +258,11 @@ class Reference:
                 advance(1)
 
     def _reference(self, number: int, batch: Inputs) -> Tensor:
-        if number in self._kept:
-            return self._kept[number]
-        value = forward(self.captured, batch, self.context.device)
-        if self._bytes + value.nbytes <= self._KEEP:
-            self._kept[number], self._bytes = value, self._bytes + value.nbytes
-        return value
+        if number not in self._kept:
+            value = forward(self.captured, batch, self.context.device)
+            # a name of its own: what else is kept is named after the weights that it is made of
+            self._kept[number] = SCRATCH.keep(f"reference:{uuid4()}", value.contiguous())
+        return self._kept[number].load()
 
     def _tokens(self, run: Callable[[Inputs], Tensor]) -> Measured:
         tally = TokenTally()

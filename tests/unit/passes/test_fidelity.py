@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from modelathe.ir import DataError, FidelityError, Linear, Program
+from modelathe.ir import SCRATCH, DataError, FidelityError, Linear, Program
+from modelathe.ir.computed import _write
 from modelathe.passes import Budget, Measured
 from modelathe.passes.consistency import judge_consistency, judge_finite
 from modelathe.passes.fidelity import (
@@ -166,8 +168,17 @@ def test_figures_are_those_of_the_outputs() -> None:
     assert measured.top1_agreement == float((p.argmax(-1) == q.argmax(-1)).double().mean())
 
 
-def test_the_reference_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("limit", [SCRATCH.limit, 0])
+def test_the_reference_is_computed_once_and_kept_in_memory_or_a_file(
+    limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs: list[Program] = []
+    written: list[Tensor] = []
+
+    def write(path: Path, value: Tensor) -> None:
+        written.append(value)
+        _write(path, value)
+
     real = Program.run
 
     def run(self: Program, *args: object, **kwargs: object) -> dict[str, Tensor]:
@@ -175,11 +186,13 @@ def test_the_reference_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None
         return real(self, *args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Program, "run", run)
+    monkeypatch.setattr(SCRATCH, "limit", limit)
+    monkeypatch.setattr("modelathe.ir.computed._write", write)
     before, after = canonical("llama"), canonical("llama").editable()
     reference = Reference(before, context())
-    reference.measure(after)
-    reference.measure(after)
+    assert reference.measure(after) == reference.measure(after)
     assert [each is before for each in runs].count(True) == 1
+    assert len(written) == (0 if limit else 1)
 
 
 TOKENS = Measured(kl=0.2, top1_agreement=0.9, perplexity=11.0, reference_perplexity=10.0)
