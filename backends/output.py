@@ -183,8 +183,11 @@ def _leave(partial: Path) -> None:
 
 
 def _check_target(out: Path, target: Path, force: bool) -> None:
-    if not target.name:  # the root of a file system has nothing beside it
-        raise StorageError(f"{out}: cannot be replaced", remedy="choose a folder below it with -o")
+    if os.path.ismount(target):  # nothing can be renamed to it
+        raise StorageError(
+            f"{out}: cannot be replaced: it is where a file system is mounted",
+            remedy=f"choose a folder below it, such as -o {out / 'model'}",
+        )
     if not target.exists():
         return
     if not target.is_dir():

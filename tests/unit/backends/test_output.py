@@ -141,6 +141,18 @@ def test_a_file_in_the_way_is_refused_even_with_force(tmp_path: Path) -> None:
         make(tmp_path / "out", force=True, a="1")
 
 
+def test_a_mount_point_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "out")
+    for force in (False, True):
+        with pytest.raises(StorageError, match="a file system is mounted") as error:
+            check_writable(tmp_path / "out", force=force)
+        assert error.value.remedy.endswith(f"-o {tmp_path / 'out' / 'model'}")
+    check_writable(tmp_path / "out" / "model")
+
+
 def test_a_partial_folder_of_somebody_else_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "thesis.tex").write_text("mine")
