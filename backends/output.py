@@ -120,10 +120,7 @@ def resumable(
     target = Path(os.path.realpath(out))
     partial = target.with_name(f"{target.name}.partial")
     state = partial / "state"
-    state.mkdir(parents=True, exist_ok=True)
-    with (state / "lock").open("w") as lock:
-        if not _lock(lock):
-            raise _busy(partial)
+    with _hold(state, partial):
         found = kept_state(state)
         if found and not resume and not force:
             raise StorageError(
@@ -215,11 +212,24 @@ def _claim(partial: Path) -> Iterator[None]:
             f"{partial}: is in the way and was not written by modelathe",
             remedy="move it elsewhere, or choose another output folder with -o",
         )
-    partial.mkdir(exist_ok=True)
-    with (partial / "lock").open("w") as lock:
-        if not _lock(lock):
-            raise _busy(partial)
+    with _hold(partial, partial):
         yield
+
+
+def _hold(folder: Path, partial: Path) -> IO[str]:
+    """Return the lock of a folder, which is made where it is missing."""
+    path = folder / "lock"
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        # A run that ends may take the folder away before the lock is opened, or the lock before it
+        # is taken; holding a file that has no name any more would keep nobody out.
+        with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as stack:
+            lock = stack.enter_context(path.open("w"))
+            if not _lock(lock):
+                raise _busy(partial)
+            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                stack.pop_all()
+                return lock
 
 
 def _check_idle(partial: Path) -> None:

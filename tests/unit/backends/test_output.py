@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
 
+from modelathe.backends import output
 from modelathe.backends.manifest import read_manifest, write_manifest
 from modelathe.backends.output import check_free, check_writable, resumable, writing
 from modelathe.ir import StorageError
@@ -189,6 +192,36 @@ def test_a_place_that_a_run_holds_is_refused_before_any_work(tmp_path: Path) -> 
 def test_two_runs_to_one_place_are_told_apart(tmp_path: Path) -> None:
     with writing(tmp_path / "out"), pytest.raises(StorageError, match="another run is writing"):
         make(tmp_path / "out", a="1")
+
+
+@pytest.mark.parametrize("claim", [writing, lambda out: resumable(out, {})], ids=["new", "state"])
+@pytest.mark.parametrize("moment", ["before it is opened", "before it is locked"])
+def test_a_lock_that_a_run_takes_away_as_it_ends_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, claim: Any, moment: str
+) -> None:
+    ended: list[Path] = []
+    opened, locked = Path.open, output._lock
+
+    def end(lock: Path) -> None:
+        if lock.name == "lock" and not ended:
+            ended.append(lock)
+            shutil.rmtree(lock.parent)
+
+    def late_open(path: Path, *words: Any, **more: Any) -> Any:
+        if moment == "before it is opened":
+            end(path)
+        return opened(path, *words, **more)
+
+    def late_lock(file: IO[str]) -> bool:
+        end(Path(file.name))
+        return locked(file)
+
+    monkeypatch.setattr(Path, "open", late_open)
+    monkeypatch.setattr(output, "_lock", late_lock)
+    with claim(tmp_path / "out"):
+        assert ended
+        with pytest.raises(StorageError, match="another run is writing"), claim(tmp_path / "out"):
+            pass
 
 
 # Where a killed run can have stopped: what is in out, in out.partial/old and in out.partial/new.
