@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 
 from ..ir import Program
 from ..passes import Budget, PassContext, to_spec
+from .companions import companion_names
 from .curves import draw_curves
 from .manifest import model_bytes, program_signatures, sha256, write_manifest
-from .output import writing
+from .output import check_free, writing
 from .session import Session, open_artifact
 from .sizes import program_sizes
 
@@ -66,6 +67,14 @@ class Backend(ABC):
     @abstractmethod
     def write(self, program: Program, folder: Path, context: PassContext) -> dict[str, Any]:
         """Write every file but the manifest into an empty folder; return notes for the manifest."""
+
+    def file_names(self, program: Program) -> list[str]:
+        """Return the names of the files that ``write`` makes, as far as they are known before.
+
+        Args:
+            program: what is to be written, passes to be run over it or not.
+        """
+        return companion_names(program)
 
     @abstractmethod
     def computes_in(self, program: Program) -> str:
@@ -134,6 +143,7 @@ class Artifact:
             StorageError: the folder exists, or cannot be written.
         """
         with writing(Path(folder), force=force) as partial:
+            check_free(Path(folder), self.backend.file_names(self.program))
             return self._save(partial, dict(record or {}))
 
     def _save(self, folder: Path, record: dict[str, Any]) -> dict[str, Any]:

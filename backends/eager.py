@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..ir import Program, save_program
+from ..ir.storage import PROGRAM_FILE, WEIGHTS_FILE
 from ..passes import PassContext
 from .base import Backend
 from .companions import write_companions
@@ -24,6 +25,9 @@ class Eager(Backend):
             save_program(program, folder, lambda name, value: advance(1))
         write_companions(program, folder)
         return {}
+
+    def file_names(self, program: Program) -> list[str]:
+        return [PROGRAM_FILE, WEIGHTS_FILE, *super().file_names(program)]
 
     def computes_in(self, program: Program) -> str:
         from .checks import compute_dtype

@@ -88,14 +88,14 @@ def check_writable(out: Path, *, force: bool = False) -> None:
 
 
 def check_free(out: Path, names: Iterable[str]) -> None:
-    """Fail before hours of work where files called ``names`` cannot be written into ``out``.
+    """Fail before hours of work where a manifest and ``names`` cannot be written into ``out``.
 
     Raises:
         StorageError: somebody else's file has one of the names.
     """
     target = Path(os.path.realpath(out))
     foreign = set(_foreign(target)) if target.is_dir() else set()
-    for name in sorted(foreign & set(names)):
+    for name in sorted(foreign & {MANIFEST, *names}):
         raise _in_the_way(target / name)
 
 

@@ -64,6 +64,11 @@ class Checkpoint(Backend):
             write_weights(entries, folder, lambda name, value: advance(1))
         return {"notes": list(program.origin.notes)}
 
+    def file_names(self, program: Program) -> list[str]:
+        from .files import SINGLE
+
+        return [SINGLE, *super().file_names(program)]
+
     def computes_in(self, program: Program) -> str:
         from ..checks import compute_dtype
 

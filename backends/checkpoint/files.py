@@ -15,6 +15,7 @@ from ...ir.mapping import tied_names, unsaved_weights
 from ...ir.storage import write_safetensors
 
 PART = 5_000_000_000  # bytes of weights in one file
+SINGLE = "model.safetensors"  # ``from_pretrained`` reads it before an index of several
 Entry = tuple[str, Weight]
 
 
@@ -31,7 +32,7 @@ def write_weights(
     parts = _parts(entries)
     metadata = {"format": "pt"}
     if len(parts) == 1:
-        write_safetensors(folder / "model.safetensors", parts[0], written, metadata)
+        write_safetensors(folder / SINGLE, parts[0], written, metadata)
         return
     places: dict[str, str] = {}
     for number, part in enumerate(parts, start=1):
@@ -41,7 +42,7 @@ def write_weights(
     total = sum(weight.bytes for part in parts for _, weight in part)
     index = {"metadata": {"total_size": total}, "weight_map": places}
     text = json.dumps(index, indent=2) + "\n"
-    (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    (folder / f"{SINGLE}.index.json").write_text(text, encoding="utf-8")
 
 
 def _parts(entries: Iterable[Entry]) -> list[list[Entry]]:

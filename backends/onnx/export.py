@@ -14,6 +14,7 @@ from ...passes import Canonicalize, ConvertDtype, PassContext, Remark
 from ..base import Backend
 from ..companions import write_companions
 from ..session import Session
+from .session import file_name
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -89,11 +90,20 @@ class Onnx(Backend):
         count = sum(len(model.graph.initializers) for model in models.values())
         with context.progress.task("writing weights", total=count) as advance:
             for name, model in models.items():
-                file = folder / ("model.onnx" if name == "main" else f"{name}.onnx")
-                save_model(model, file, external=external, advance=advance)
+                save_model(model, folder / file_name(name), external=external, advance=advance)
         write_companions(program, folder)
         found = [*self._write_genai(program, folder), *widened(program)]
         return {"remarks": list(map(str, found))} if found else {}
+
+    def file_names(self, program: Program) -> list[str]:
+        from .genai import GENAI_CONFIG, genai_obstacle
+
+        names = [file_name(graph) for graph in program.graphs]
+        if self.external_data == "always":
+            names += [f"{name}.data" for name in names]
+        if program.kind == "decoder" and not genai_obstacle(program.signature, program.config):
+            names.append(GENAI_CONFIG)
+        return [*names, *super().file_names(program)]
 
     def model(self, program: Program, graph: str = "main") -> ir.Model:
         """Return one graph as an ONNX model whose weights are read when it is written."""

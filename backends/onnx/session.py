@@ -158,8 +158,13 @@ def products_overflow(cpu_info: Path) -> bool:
 
 
 def model_path(folder: Path, graph: str) -> Path:
-    """Return the file of a graph: ``model.onnx`` for main, ``NAME.onnx`` for another."""
-    return contained(folder, "model.onnx" if graph == "main" else f"{graph}.onnx")
+    """Return the file of a graph."""
+    return contained(folder, file_name(graph))
+
+
+def file_name(graph: str) -> str:
+    """Return the name of a graph's file: ``model.onnx`` for main, ``NAME.onnx`` for another."""
+    return "model.onnx" if graph == "main" else f"{graph}.onnx"
 
 
 def refuse_outside_data(folder: Path) -> None:
