@@ -13,7 +13,8 @@ from torch import Tensor, fx
 from ..ir import Program
 from ..ir.execute import Place, interpret
 from .manifest import program_signatures
-from .session import Array, Session, TensorSpec
+from .session import Array, Session
+from .signatures import TensorSpec
 
 
 class ProgramSession(Session):

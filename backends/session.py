@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -14,107 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..ir.config import max_length, vocab_size
-from ..ir.dims import evaluate
 from ..ir.errors import DataError, StorageError
 from ..passes.progress import Progress, SilentProgress, share_task
 from .manifest import check_files, read_manifest
+from .signatures import TOKEN_INPUTS, DecoderPlan, GraphSpec, TensorSpec
 
 Array = NDArray[Any]
 Tokens = NDArray[np.int64]
-
-_TOKEN_INPUTS = ("input_ids", "decoder_input_ids")
-_MASK_INPUTS = ("attention_mask", "decoder_attention_mask")
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """One input or output: name, dtype (``int64``, ``float32``, ...), sizes as numbers or names."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-
-    def sizes(self, known: Mapping[str, int]) -> tuple[int, ...]:
-        """Return the sizes with names replaced; a name that is not known is 0."""
-        return tuple(evaluate(dim, lambda name: known.get(name, 0)) for dim in self.shape)
-
-    def known_sizes(self, known: Mapping[str, int]) -> tuple[int, ...] | None:
-        """Return the sizes with names replaced, or None when a name is not known."""
-        names = {
-            n for d in self.shape if isinstance(d, str) for n in re.findall(r"[A-Za-z_]\w*", d)
-        }
-        return self.sizes(known) if names <= set(known) else None
-
-
-@dataclass(frozen=True, slots=True)
-class GraphSpec:
-    """What one graph of an artifact takes and gives.
-
-    ``sizes`` are the symbolic sizes that a user's own module was captured with.
-    """
-
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    sizes: Mapping[str, int] = field(default_factory=dict)
-
-    @classmethod
-    def parse(cls, signature: Mapping[str, Any]) -> GraphSpec:
-        """Read a signature of the manifest."""
-        sizes = signature.get("sizes", {})
-        return cls(_specs(signature["inputs"]), _specs(signature["outputs"]), sizes)
-
-    def input(self, name: str) -> TensorSpec | None:
-        """Return an input by name."""
-        return next((spec for spec in self.inputs if spec.name == name), None)
-
-
-@dataclass(frozen=True, slots=True)
-class DecoderPlan:
-    """Which inputs and outputs of a decoder graph are tokens, mask, positions and state.
-
-    ``state`` pairs each input that a step reads from the last one with the output that holds it.
-    ``fixed`` are the inputs that stay as the encoder made them.
-    """
-
-    graph: str
-    tokens: str
-    mask: str | None
-    positions: str | None
-    state: tuple[tuple[TensorSpec, TensorSpec], ...]
-    fixed: tuple[TensorSpec, ...]
-
-    @classmethod
-    def of(cls, graph: str, spec: GraphSpec) -> DecoderPlan:
-        """Sort the names of a decoder graph.
-
-        Raises:
-            StorageError: the inputs that are left over do not pair up with the outputs.
-        """
-        names = [one.name for one in spec.inputs]
-        tokens = next((name for name in _TOKEN_INPUTS if name in names), None)
-        if tokens is None or not spec.outputs:
-            raise StorageError(f"graph {graph} takes no tokens: {', '.join(names)}")
-        prefix = "decoder_" if tokens.startswith("decoder_") else ""
-        mask = f"{prefix}attention_mask"
-        positions = f"{prefix}position_ids"
-        own = {tokens, mask, positions}
-        rest = [one for one in spec.inputs if one.name not in own]
-        fixed = tuple(one for one in rest if prefix and _from_encoder(one.name))
-        state = [one for one in rest if one not in fixed]
-        results = spec.outputs[1:]
-        if len(state) != len(results):
-            raise StorageError(
-                f"graph {graph} reads {len(state)} state tensors and gives {len(results)}",
-                remedy="make the artifact again",
-            )
-        return cls(
-            graph,
-            tokens,
-            mask if mask in names else None,
-            positions if positions in names else None,
-            tuple(zip(state, results, strict=True)),
-            fixed,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +108,7 @@ class Session(ABC):
             )
         for one in spec.inputs:
             _check_sizes(one, feeds[one.name])
-            if one.name in _TOKEN_INPUTS:
+            if one.name in TOKEN_INPUTS:
                 self._check_tokens(feeds[one.name])
         own = {name: self._to_runtime(array) for name, array in feeds.items()}
         results = self._execute(graph, own, {})
@@ -383,14 +288,6 @@ def _feeds(plan: DecoderPlan, tokens: Tokens, mask: Tokens) -> list[tuple[str, T
     if plan.positions:
         feeds.append((plan.positions, np.ascontiguousarray(positions(mask, tokens.shape[1]))))
     return feeds
-
-
-def _specs(entries: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(e["name"], e["dtype"], tuple(e["shape"])) for e in entries)
-
-
-def _from_encoder(name: str) -> bool:
-    return name.startswith("cross_key_values.") or name in (*_MASK_INPUTS, "last_hidden_state")
 
 
 def _article(kind: str) -> str:

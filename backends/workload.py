@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from .generate import SpecialTokens
-from .session import Array, Session, TensorSpec
+from .session import Array, Session
+from .signatures import TensorSpec
 
 PROMPT_TOKENS = 128
 NEW_TOKENS = 32

@@ -14,7 +14,8 @@ import numpy as np
 
 from ...ir.errors import StorageError
 from ..manifest import check_files, contained
-from ..session import Array, Session, TensorSpec, read_config
+from ..session import Array, Session, read_config
+from ..signatures import TensorSpec
 
 if TYPE_CHECKING:
     import onnx

@@ -13,7 +13,8 @@ import onnx
 import pytest
 
 from modelathe.backends.manifest import write_manifest
-from modelathe.backends.session import Cache, TensorSpec, max_length, open_artifact, positions
+from modelathe.backends.session import Cache, max_length, open_artifact, positions
+from modelathe.backends.signatures import TensorSpec
 from modelathe.ir import DataError, StorageError
 from support.artifacts import (
     VOCABULARY,
