@@ -80,7 +80,7 @@ def check_lowering(
 
 def _run(session: Session, graph: str, inputs: Inputs, title: str) -> dict[str, Array]:
     try:
-        return session.run(_arrays(session, graph, inputs), graph)
+        return session.run(_arrays(inputs), graph)
     except ModelatheError:
         raise
     except Exception as error:  # a runtime's own
@@ -135,17 +135,12 @@ def padded_probe(program: Program, graph: str) -> tuple[Inputs, Tensor]:
     return inputs, mask.bool()
 
 
-def _arrays(session: Session, graph: str, inputs: Mapping[str, Tensor]) -> dict[str, Array]:
-    """Return the inputs as arrays of the dtypes that the artifact takes."""
-    dtypes = {spec.name: spec.dtype for spec in session.graphs[graph].inputs}
-    return {name: _array(value, dtypes[name]) for name, value in inputs.items()}
-
-
-def _array(value: Tensor, dtype: str) -> Array:
-    if dtype == "bfloat16" or not value.is_floating_point():
-        return value.float().numpy() if value.is_floating_point() else value.numpy()
-    array: Array = value.float().numpy().astype(np.dtype(dtype))
-    return array
+def _arrays(inputs: Mapping[str, Tensor]) -> dict[str, Array]:
+    """Return the inputs as arrays; numpy has no bfloat16."""
+    return {
+        name: (value.float() if value.is_floating_point() else value).numpy()
+        for name, value in inputs.items()
+    }
 
 
 def _error(expected: Tensor, found: Mapping[str, Tensor], name: str, keep: Tensor | None) -> float:
@@ -252,7 +247,7 @@ def _forward(program: Program, session: Session, batch: Inputs) -> Tensor:
     if program.kind == "encoder":
         return torch.from_numpy(embedding(session, batch["input_ids"].numpy()))
     graph = next(iter(session.graphs))
-    first = next(iter(session.run(_arrays(session, graph, batch), graph).values()))
+    first = next(iter(session.run(_arrays(batch), graph).values()))
     value = torch.from_numpy(np.ascontiguousarray(first))
     return value.flatten(1) if value.dim() > 1 else value.reshape(1, -1)
 
@@ -260,6 +255,6 @@ def _forward(program: Program, session: Session, batch: Inputs) -> Tensor:
 def _seq2seq(session: Session, batch: Inputs) -> Tensor:
     target = batch["decoder_input_ids"].numpy()
     names = [spec.name for spec in session.graphs["encoder"].inputs]
-    source = _arrays(session, "encoder", {name: batch[name] for name in names})
+    source = _arrays({name: batch[name] for name in names})
     cache = session.encode(source)
     return torch.from_numpy(session.decode(target, np.ones_like(target), cache)[0])

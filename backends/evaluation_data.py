@@ -93,22 +93,7 @@ def item_chunks(
         )
     for start in range(0, count, step):
         place: Any = start if stacked else slice(start, start + step)
-        yield {s.name: _cast(arrays[s.name][place], s.dtype) for s in specs}, step
-
-
-def _cast(array: Array, dtype: str) -> Array:
-    """Return ``array`` in the input's dtype, when that loses nothing but float precision.
-
-    Raises:
-        DataError: it would.
-    """
-    wanted = np.dtype(dtype) if dtype != "bfloat16" else np.dtype(np.float32)
-    if not np.can_cast(array.dtype, wanted, casting="same_kind"):
-        raise DataError(
-            f"an array is {array.dtype}, and its input takes {dtype}",
-            remedy="give arrays of the dtypes that `inspect` shows",
-        )
-    return np.ascontiguousarray(array.astype(wanted))
+        yield {spec.name: arrays[spec.name][place] for spec in specs}, step
 
 
 def _bad_pair(path: Path, number: int, problem: str) -> DataError:

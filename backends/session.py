@@ -94,7 +94,16 @@ class Session(ABC):
 
         Raises:
             DataError: ``feeds`` lacks an input or has one that the graph does not know, or one has
-                sizes or token ids that it does not take.
+                a dtype, sizes or token ids that it does not take.
+        """
+        results = self._execute(graph, self._given(graph, feeds), {})
+        return {name: self._to_numpy(value) for name, value in results.items()}
+
+    def _given(self, graph: str, feeds: Mapping[str, Array]) -> dict[str, Any]:
+        """Return the inputs of a graph as the runtime's own tensors, in the dtypes that it takes.
+
+        Raises:
+            DataError: as ``run``.
         """
         spec = self.graphs[graph]
         expected = {one.name for one in spec.inputs}
@@ -106,20 +115,16 @@ class Session(ABC):
                 f"graph {graph} {' and '.join(what)}",
                 remedy=f"the inputs are {', '.join(one.name for one in spec.inputs)}",
             )
-        for one in spec.inputs:
-            _check_sizes(one, feeds[one.name])
-            if one.name in TOKEN_INPUTS:
-                self._check_tokens(feeds[one.name])
-        own = {name: self._to_runtime(array) for name, array in feeds.items()}
-        results = self._execute(graph, own, {})
-        return {name: self._to_numpy(value) for name, value in results.items()}
+        arrays = {one.name: _fitting(one, feeds[one.name]) for one in spec.inputs}
+        for name in TOKEN_INPUTS:
+            if name in arrays:
+                self._check_tokens(arrays[name])
+        return {name: self._to_runtime(array) for name, array in arrays.items()}
 
     def encode(self, feeds: Mapping[str, Array]) -> Cache:
         """Run the encoder of an encoder-decoder once; its result starts a decoder's cache."""
         plan = self.plan
-        if "input_ids" in feeds:
-            self._check_tokens(feeds["input_ids"])
-        own = {name: self._to_runtime(array) for name, array in feeds.items()}
+        own = self._given("encoder", feeds)
         results = self._execute("encoder", own, {})
         fixed = {}
         for spec in plan.fixed:
@@ -265,7 +270,12 @@ def positions(mask: Tokens, length: int) -> Tokens:
     return places[:, -length:]
 
 
-def _check_sizes(spec: TensorSpec, array: Array) -> None:
+def _fitting(spec: TensorSpec, array: Array) -> Array:
+    """Return an array in the dtype of an input; numpy has no bfloat16, so float32 stands for it.
+
+    Raises:
+        DataError: its sizes are others, or another dtype would lose more than float precision.
+    """
     fits = array.ndim == len(spec.shape) and all(
         have == want
         for have, want in zip(array.shape, spec.shape, strict=True)
@@ -277,6 +287,13 @@ def _check_sizes(spec: TensorSpec, array: Array) -> None:
             f"[{', '.join(map(str, spec.shape))}]",
             remedy="give arrays with the sizes that `inspect` shows",
         )
+    wanted = np.dtype("float32" if spec.dtype == "bfloat16" else spec.dtype)
+    if not np.can_cast(array.dtype, wanted, casting="same_kind"):
+        raise DataError(
+            f"{spec.name} is {array.dtype}, and the model takes {spec.dtype}",
+            remedy="give arrays of the dtypes that `inspect` shows",
+        )
+    return array.astype(wanted, copy=False)
 
 
 def _feeds(plan: DecoderPlan, tokens: Tokens, mask: Tokens) -> list[tuple[str, Tokens]]:

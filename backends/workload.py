@@ -76,9 +76,9 @@ def _tokens(session: Session, length: int) -> Array:
 
 
 def _feed(session: Session, spec: TensorSpec, known: Mapping[str, int]) -> Array:
-    """Return a value for an input: ids, ones for a mask, noise for anything else.
+    """Return a value for an input: ids, ones for a mask, zeros or noise for anything else.
 
-    Its sizes are those that are known, else a batch of 1.
+    Its sizes are those that are known, else a batch of 1; the session casts it.
     """
     shape = spec.known_sizes(known) or tuple(
         _extent(session, dim, axis) for axis, dim in enumerate(spec.shape)
@@ -86,11 +86,10 @@ def _feed(session: Session, spec: TensorSpec, known: Mapping[str, int]) -> Array
     if spec.name == "input_ids":
         return _tokens(session, shape[-1])
     if spec.name.endswith("mask"):
-        return np.ones(shape, dtype=spec.dtype)
+        return np.ones(shape, dtype=bool)
     if not spec.dtype.startswith(("float", "bfloat")):
-        return np.zeros(shape, dtype=spec.dtype)
-    noise = np.random.default_rng(0).standard_normal(shape)
-    return noise.astype("float32" if spec.dtype == "bfloat16" else spec.dtype)
+        return np.zeros(shape, dtype=bool)
+    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
 
 
 def _extent(session: Session, dim: int | str, axis: int) -> int:

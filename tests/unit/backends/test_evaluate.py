@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from modelathe.backends import Onnx
 from modelathe.backends.evaluate import evaluate, evaluate_arrays, evaluate_tokens, windows
 from modelathe.backends.evaluation_data import item_chunks, read_arrays, read_pairs
+from modelathe.backends.program_session import ProgramSession
 from modelathe.backends.session import Session, open_artifact
 from modelathe.ir import DataError
 from support.artifacts import (
@@ -22,6 +24,7 @@ from support.artifacts import (
     manifest_fields,
     write_decoder,
 )
+from support.models import program
 
 
 def log_softmax(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -159,6 +162,16 @@ def test_arrays_are_compared_item_by_item() -> None:
     assert found == {"items": 3, "cosine": pytest.approx(1 / 3), "cosine_min": 0.0}
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_each_artifact_is_given_arrays_of_its_own_dtype(dtype: str, tmp_path: Path) -> None:
+    wide = ProgramSession.of(program("norm-linears"))
+    folder = tmp_path / "narrow"
+    Onnx(dtype=dtype).lower(program("norm-linears"), check=False).save(folder)
+    items = np.random.default_rng(0).standard_normal((2, *wide.graphs["main"].inputs[0].shape))
+    for pair in ((open_artifact(folder), wide), (wide, open_artifact(folder))):
+        assert 0.99 < evaluate_arrays(pair[0], {"x": items}, pair[1])["cosine_min"] < 1
+
+
 @pytest.mark.parametrize(
     ("shape", "given", "chunks"),
     [
@@ -192,7 +205,7 @@ def test_arrays_that_do_not_fit_are_refused(arrays: dict[str, Any], message: str
     [
         (np.ones((3, 3), np.float32), r"x has sizes \[1, 3\], and the model takes \[b, 2\]"),
         (np.ones(3, np.float32), r"x has sizes \[1\]"),
-        (np.array([["a", "b"]]), "an array is <U1, and its input takes float32"),
+        (np.array([["a", "b"]]), "x is <U1, and the model takes float32"),
     ],
 )
 def test_arrays_of_other_sizes_or_dtypes_are_refused(array: Any, message: str) -> None:
