@@ -44,10 +44,10 @@ def check_lowering(
 ) -> dict[str, Any]:
     """Compare an artifact with the eager run of the program it was lowered from.
 
-    Decoders are compared at five (batch, sequence, past) shapes, on a left-padded batch, and over
-    16 steps of greedy decoding, where a token may differ only if the reference's two best are
-    closer than the tolerance.  Codes that the artifact chose, of activations or of a cache, are
-    judged one by one, and taken.
+    Decoders are compared at five (batch, sequence, past) shapes, on a left-padded batch, and, as
+    encoder-decoders are, over 16 steps of greedy decoding, where a token may differ only if the
+    reference's two best are closer than the tolerance.  Codes that the artifact chose, of
+    activations or of a cache, are judged one by one, and taken.
 
     Returns:
         the largest relative error, the tolerance, and what was compared.
@@ -158,22 +158,32 @@ def _error(expected: Tensor, found: Mapping[str, Tensor], name: str, keep: Tenso
 
 
 def _check_decoding(program: Program, oracle: Oracle, session: Session, limit: float) -> int:
-    """Decode greedily beside the reference, which chooses the tokens; return how many."""
-    if program.kind != "decoder":
+    """Decode greedily beside the reference, which chooses the tokens; return how many.
+
+    An encoder-decoder begins by encoding.
+    """
+    if program.kind not in ("decoder", "encoder-decoder"):
         return 0
+    graph, cache = "main", None
+    fixed: Inputs = {}
+    if program.kind == "encoder-decoder":
+        graph = "decoder"
+        source = probe(program, "encoder", 17, batch=1, source=5)
+        cache = session.encode(_arrays(source))
+        fixed = {**source, **oracle.run(source, "encoder", {}, session.codes)[0]}
     longest = maximum_length(program) or 64
     prompt = min(5, max(longest - _STEPS, 1))
-    tokens = probe(program, "main", 17, batch=1, sequence=prompt, past=0)["input_ids"]
-    past, cache, seen = empty_cache(program, 1), None, tokens
+    tokens = probe(program, graph, 17, batch=1, sequence=prompt, past=0)[session.plan.tokens]
+    past, seen = empty_cache(program, 1, graph), tokens
     steps = min(_STEPS, longest - prompt)
     for step in range(steps):
         length = seen.shape[1] - tokens.shape[1] if past else 0
         mask = np.ones((1, seen.shape[1]), dtype=np.int64)
-        given = tokens if past or cache is None else tokens[:, -1:]
+        given = tokens if past or step == 0 else tokens[:, -1:]
         logits, cache = session.decode(given.numpy(), mask, cache)
-        inputs = feeds(program, tokens, past, length)
+        inputs = _step_inputs(program, graph, tokens, past, length, fixed)
         state = session.state_arrays(cache)
-        expected, _ = oracle.run(inputs, "main", state, session.codes)
+        expected, _ = oracle.run(inputs, graph, state, session.codes)
         reference = expected["logits"][0, -1]
         found = torch.from_numpy(logits[0, -1].copy())
         _check_choice(reference, found, limit, step)
@@ -182,6 +192,17 @@ def _check_decoding(program: Program, oracle: Oracle, session: Session, limit: f
         seen = torch.cat([seen, following], dim=1)
         tokens = following if past else seen
     return steps
+
+
+def _step_inputs(
+    program: Program, graph: str, tokens: Tensor, past: Inputs, length: int, fixed: Inputs
+) -> Inputs:
+    """Return what a decoder graph reads in a step; ``fixed`` is what the encoder leaves to it."""
+    if graph == "main":
+        return feeds(program, tokens, past, length)
+    mask = torch.ones((1, length + tokens.shape[1]), dtype=torch.int64)
+    given = {**fixed, **past, "decoder_input_ids": tokens, "decoder_attention_mask": mask}
+    return {name: given[name] for name in program.signatures[graph].inputs}
 
 
 def _check_choice(reference: Tensor, found: Tensor, limit: float, step: int) -> None:

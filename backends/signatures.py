@@ -60,7 +60,8 @@ class GraphSpec:
 class DecoderPlan:
     """Which inputs and outputs of a decoder graph are tokens, mask, positions and state.
 
-    ``state`` pairs each input that a step reads from the last one with the output that holds it.
+    ``state`` pairs each input that a step reads from the last one with the output that holds it:
+    ``past_key_values.NAME`` with ``present.NAME``.
     ``fixed`` are the inputs that stay as the encoder made them.
     """
 
@@ -76,7 +77,7 @@ class DecoderPlan:
         """Sort the names of a decoder graph.
 
         Raises:
-            StorageError: the inputs that are left over do not pair up with the outputs.
+            StorageError: an input that is left over has no such output, or an output no input.
         """
         names = [one.name for one in spec.inputs]
         tokens = next((name for name in TOKEN_INPUTS if name in names), None)
@@ -89,10 +90,11 @@ class DecoderPlan:
         rest = [one for one in spec.inputs if one.name not in own]
         fixed = tuple(one for one in rest if prefix and _from_encoder(one.name))
         state = [one for one in rest if one not in fixed]
-        results = spec.outputs[1:]
-        if len(state) != len(results):
+        read = {one.name.replace("past_key_values.", "present.", 1): one for one in state}
+        given = {one.name: one for one in spec.outputs[1:]}
+        if odd := sorted(read.keys() ^ given.keys()):
             raise StorageError(
-                f"graph {graph} reads {len(state)} state tensors and gives {len(results)}",
+                f"graph {graph} does not both read and give {', '.join(odd)}",
                 remedy="make the artifact again",
             )
         return cls(
@@ -100,7 +102,7 @@ class DecoderPlan:
             tokens,
             mask if mask in names else None,
             positions if positions in names else None,
-            tuple(zip(state, results, strict=True)),
+            tuple((before, given[name]) for name, before in read.items()),
             fixed,
         )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from modelathe.backends import Eager, Onnx
 from modelathe.backends.checks import check_lowering
 from modelathe.backends.program_session import ProgramSession
+from modelathe.backends.session import Cache
 from modelathe.ir import FidelityError, LoweringError, StorageError, capture
 from modelathe.passes.progress import SilentProgress
 from support.models import program
@@ -44,6 +47,40 @@ def test_a_runtime_that_fails_at_some_size_is_named_with_it(
     monkeypatch.setattr(session, "_execute", execute)
     with pytest.raises(LoweringError, match="fails at d0 = 1: no kernel"):
         check_lowering(program("norm-mlp"), session, "float32", SilentProgress())
+
+
+def forget(cache: Cache) -> Cache:
+    """Return the cache without what the last steps left."""
+    return replace(cache, state=None)
+
+
+def swap(cache: Cache) -> Cache:
+    """Return the cache with keys in the places of values."""
+    turned = {"key": "value", "value": "key"}
+    state = dict(cache.state or {})
+    places = {name: name.rpartition(".") for name in state}
+    return replace(cache, state={n: state[f"{p[0]}.{turned[p[2]]}"] for n, p in places.items()})
+
+
+@pytest.mark.parametrize("damage", [None, forget, swap])
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_steps_with_a_cache_are_checked(
+    monkeypatch: pytest.MonkeyPatch, name: str, damage: Callable[[Cache], Cache] | None
+) -> None:
+    session = ProgramSession.of(program(name))
+    right = session.decode
+
+    def decode(tokens: Any, mask: Any, cache: Cache | None = None) -> Any:
+        logits, cache = right(tokens, mask, cache)
+        return logits, cache if damage is None else damage(cache)
+
+    monkeypatch.setattr(session, "decode", decode)
+    if damage is None:
+        found = check_lowering(program(name), session, "float32", SilentProgress())
+        assert found["decoded_tokens"] == 16
+        return
+    with pytest.raises(LoweringError, match="of greedy decoding"):
+        check_lowering(program(name), session, "float32", SilentProgress())
 
 
 class Log(nn.Module):
