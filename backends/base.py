@@ -11,11 +11,12 @@ from typing import Any, ClassVar
 
 from ..ir import Program
 from ..passes import Budget, PassContext, to_spec
+from ..passes.progress import Progress, SilentProgress
 from .companions import companion_names
 from .curves import draw_curves
-from .manifest import model_bytes, program_signatures, sha256, write_manifest
+from .manifest import model_bytes, program_signatures, read_manifest, sha256, write_manifest
 from .output import check_free, writing
-from .session import Session, open_artifact
+from .session import Session
 from .sizes import program_sizes
 
 
@@ -25,9 +26,11 @@ class Backend(ABC):
 
     Attributes:
         name: what the backend is called in ``--to``.
+        runtime: modules that run the artifact; their size is none of the model's memory.
     """
 
     name: ClassVar[str]
+    runtime: ClassVar[tuple[str, ...]] = ("torch",)
 
     def lower(
         self,
@@ -80,6 +83,23 @@ class Backend(ABC):
     def computes_in(self, program: Program) -> str:
         """Return the dtype that the artifact computes in."""
 
+    @classmethod
+    @abstractmethod
+    def open(
+        cls, folder: Path, manifest: Mapping[str, Any], *, threads: int, progress: Progress
+    ) -> Session:
+        """Open an artifact folder, as ``write`` and ``save`` left it, ready to run.
+
+        Args:
+            folder: where it is.
+            manifest: what is in its ``manifest.json``.
+            threads: processor threads of one operator; 0 leaves the choice to the runtime.
+            progress: is told how far it is.
+
+        Raises:
+            StorageError: a file is missing or damaged, or refers to others outside of the folder.
+        """
+
     def check(
         self, source: Program, program: Program, folder: Path, context: PassContext
     ) -> dict[str, Any]:
@@ -102,7 +122,7 @@ class Backend(ABC):
     @contextlib.contextmanager
     def exact_session(self, folder: Path) -> Iterator[Session]:
         """Open what was written with every approximation of the runtime switched off."""
-        yield open_artifact(folder)
+        yield self.open(folder, read_manifest(folder), threads=0, progress=SilentProgress())
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +177,8 @@ class Artifact:
         if not self.check:
             return manifest
         fields["lowering"] = self.backend.check(self.source, self.program, folder, context)
-        measured, data = check_fidelity(self.source, open_artifact(folder), context)
+        shipped = self.backend.open(folder, manifest, threads=0, progress=SilentProgress())
+        measured, data = check_fidelity(self.source, shipped, context)
         fields["fidelity"] = measured.known()
         fields["data"] = {**fields.get("data", {}), **data}
         self.budget.judge(measured, f"the {self.backend.name} artifact")

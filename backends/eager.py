@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,8 +10,10 @@ from typing import Any, ClassVar
 from ..ir import Program, save_program
 from ..ir.storage import PROGRAM_FILE, WEIGHTS_FILE
 from ..passes import PassContext
+from ..passes.progress import Progress
 from .base import Backend
 from .companions import write_companions
+from .session import Session
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,3 +36,11 @@ class Eager(Backend):
         from .checks import compute_dtype
 
         return compute_dtype(program)
+
+    @classmethod
+    def open(
+        cls, folder: Path, manifest: Mapping[str, Any], *, threads: int, progress: Progress
+    ) -> Session:
+        from .program_session import ProgramSession
+
+        return ProgramSession.open(folder, manifest, threads=threads, progress=progress)

@@ -1,6 +1,7 @@
 """How much memory opening and running an artifact adds, in a process that does nothing else.
 
-Run as a program (``python -m modelathe.backends.peak FOLDER THREADS``) it prints that number.
+Run as a program (``python -m modelathe.backends.peak FOLDER THREADS MODULE``, of the artifact's
+backend) it prints that number.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from ..ir.errors import StorageError
 from .manifest import read_manifest
-from .session import Session, open_artifact
+from .session import Session, backend_of, open_artifact
 from .workload import run_once
 
 _STATUS = Path("/proc/self/status")
@@ -27,8 +28,9 @@ def peak_memory(session: Session) -> int | None:
         StorageError: the process that measures it failed.
     """
     threads = str(session.settings.get("threads", 0))
+    module = backend_of(session.folder, session.manifest).__module__
     # -P: the working directory must not be searched for modules.
-    command = [sys.executable, "-P", "-m", __name__, str(session.folder.resolve()), threads]
+    command = [sys.executable, "-P", "-m", __name__, str(session.folder.resolve()), threads, module]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     words = done.stdout.split()
     if done.returncode or not words:
@@ -50,9 +52,9 @@ def resident(*, peak: bool) -> int | None:
 def main() -> None:
     """Print the bytes that the artifact of the command line adds."""
     folder, threads = Path(sys.argv[1]), int(sys.argv[2])
-    backend = str(read_manifest(folder)["backend"]).partition("{")[0]
+    importlib.import_module(sys.argv[3])
     # What code takes is not memory of the model.
-    for module in ("onnx", "onnxruntime") if backend == "onnx" else ("torch",):
+    for module in backend_of(folder, read_manifest(folder)).runtime:
         importlib.import_module(module)
     before = resident(peak=False)
     run_once(open_artifact(folder, threads=threads))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,7 +12,8 @@ from torch import Tensor, fx
 
 from ..ir import Program
 from ..ir.execute import Place, interpret
-from .manifest import program_signatures
+from ..passes.progress import Progress, share_task
+from .manifest import check_files, program_signatures
 from .session import Array, Session
 from .signatures import TensorSpec
 
@@ -66,13 +67,15 @@ class ProgramSession(Session):
         folder: Path,
         manifest: Mapping[str, Any],
         *,
-        threads: int = 0,
-        report: Callable[[float], None] | None = None,
+        threads: int,
+        progress: Progress,
     ) -> Self:
         """Open an artifact folder that holds a program, or a model to capture."""
         from ..ir import capture
 
-        return cls(capture(folder, report=report), folder, manifest, threads=threads)
+        check_files(folder, manifest)
+        with share_task(progress, f"opening {folder}") as report:
+            return cls(capture(folder, report=report), folder, manifest, threads=threads)
 
     def _execute(
         self, graph: str, feeds: Mapping[str, Any], sizes: Mapping[str, int]

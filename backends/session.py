@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..ir.config import max_length, vocab_size
 from ..ir.errors import DataError, StorageError
-from ..passes.progress import Progress, SilentProgress, share_task
-from .manifest import check_files, read_manifest
+from ..passes.progress import Progress, SilentProgress
+from ..passes.spec import class_called
+from .manifest import read_manifest
 from .signatures import TOKEN_INPUTS, DecoderPlan, GraphSpec, TensorSpec
+
+if TYPE_CHECKING:
+    from .base import Backend
 
 Array = NDArray[Any]
 Tokens = NDArray[np.int64]
@@ -227,26 +232,31 @@ def open_artifact(
         progress: is told how far it is.
 
     Raises:
-        StorageError: the folder is no complete artifact, or refers to files outside of it.
+        StorageError: the folder is no complete artifact, or refers to files outside of it, or no
+            backend is known that it could be of.
     """
-    folder, progress = Path(folder), progress or SilentProgress()
+    folder = Path(folder)
     manifest = read_manifest(folder)
-    backend = str(manifest["backend"]).partition("{")[0]
-    if backend == "onnx":
-        from .onnx.session import OnnxSession
+    kind = backend_of(folder, manifest)
+    return kind.open(folder, manifest, threads=threads, progress=progress or SilentProgress())
 
-        with progress.task(f"opening {folder}"):
-            return OnnxSession(folder, manifest, threads=threads)
-    if backend in ("eager", "program", "checkpoint"):
-        from .program_session import ProgramSession
 
-        check_files(folder, manifest)
-        with share_task(progress, f"opening {folder}") as report:
-            return ProgramSession.open(folder, manifest, threads=threads, report=report)
-    raise StorageError(
-        f"{folder}: was made by backend {backend!r}, which this modelathe cannot run",
-        remedy="upgrade modelathe, or install the package that has this backend",
-    )
+def backend_of(folder: Path, manifest: Mapping[str, Any]) -> type[Backend]:
+    """Return the backend that an artifact was made by.
+
+    Raises:
+        StorageError: it is not known here.
+    """
+    from . import Backend, all_backends
+
+    name, kinds = str(manifest["backend"]).partition("{")[0], all_backends()
+    # A folder may be anybody's: what its manifest names is looked up, and never imported.
+    if name not in kinds and name.partition(":")[0] not in sys.modules:
+        raise StorageError(
+            f"{folder}: was made by backend {name!r}, which this modelathe cannot run",
+            remedy="upgrade modelathe, install the package that has this backend, or import it",
+        )
+    return class_called(name, kinds, Backend)
 
 
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:

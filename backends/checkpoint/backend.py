@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,8 +13,10 @@ from ...ir import ComputedWeight, LoweringError, Program, Weight, Weights, captu
 from ...passes import Canonicalize, PassContext
 from ...passes.fidelity import EXACT, relative_error
 from ...passes.probes import probes
+from ...passes.progress import Progress
 from ..base import Backend
 from ..companions import write_companions
+from ..session import Session
 from .assign import SOLVED
 
 ROUNDED = 16  # units in the last place, where a parameter was solved for and rounded
@@ -73,6 +76,14 @@ class Checkpoint(Backend):
         from ..checks import compute_dtype
 
         return compute_dtype(program)
+
+    @classmethod
+    def open(
+        cls, folder: Path, manifest: Mapping[str, Any], *, threads: int, progress: Progress
+    ) -> Session:
+        from ..program_session import ProgramSession
+
+        return ProgramSession.open(folder, manifest, threads=threads, progress=progress)
 
     def check(
         self, source: Program, program: Program, folder: Path, context: PassContext

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ...ir import LoweringError, Program
 from ...passes import Canonicalize, ConvertDtype, PassContext, Remark
+from ...passes.progress import Progress
 from ..base import Backend
 from ..companions import write_companions
 from ..session import Session
-from .session import file_name
+from .session import OnnxSession, file_name
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -39,6 +40,7 @@ class Onnx(Backend):
     """
 
     name: ClassVar[str] = "onnx"
+    runtime: ClassVar[tuple[str, ...]] = ("onnx", "onnxruntime")
 
     opset: int = 23
     dtype: DType | None = None
@@ -133,6 +135,13 @@ class Onnx(Backend):
         text = json.dumps(settings, indent=2) + "\n"
         (folder / GENAI_CONFIG).write_text(text, encoding="utf-8")
         return ()
+
+    @classmethod
+    def open(
+        cls, folder: Path, manifest: Mapping[str, Any], *, threads: int, progress: Progress
+    ) -> Session:
+        with progress.task(f"opening {folder}"):
+            return OnnxSession(folder, manifest, threads=threads)
 
     @contextlib.contextmanager
     def exact_session(self, folder: Path) -> Iterator[Session]:
