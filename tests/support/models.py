@@ -212,6 +212,11 @@ def canonical(name: str) -> Program:
     return Canonicalize()(program(name)).program
 
 
+def quantizer(**options: Any) -> QuantizeWeights:
+    """Return ``quantize-weights`` in groups that divide every width of the models."""
+    return QuantizeWeights(**{"group_size": 8, **options})
+
+
 def context(**options: Any) -> PassContext:
     """Return a context with a few seeded tokens as its texts, so that nothing is generated."""
     generator = torch.Generator().manual_seed(11)

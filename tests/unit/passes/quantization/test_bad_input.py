@@ -14,15 +14,10 @@ from modelathe.ir import PassError, Program, QuantizedLinear, TensorWeight
 from modelathe.passes import PassContext, QuantizeWeights
 from modelathe.passes.data import TokenWindows
 from modelathe.passes.quantization.store import Stored
-from support.models import canonical, context
+from support.models import canonical, context, quantizer
 from support.tiny import tiny
 
 few = PassContext(calibration=TokenWindows.of(torch.arange(8).view(1, 8), "test"))
-
-
-def quantizer(**options: Any) -> QuantizeWeights:
-    """Return the pass in groups that divide every width of the test models."""
-    return QuantizeWeights(**{"group_size": 8, **options})
 
 
 def restored(program: Program) -> list[Tensor]:

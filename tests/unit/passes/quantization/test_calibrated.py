@@ -29,18 +29,13 @@ from modelathe.passes.quantization.methods import PUBLISHED
 from modelathe.passes.quantization.readers import WIDTH, Shared, find_shared
 from modelathe.passes.quantization.sequential import Moments, in_sequence
 from modelathe.passes.quantization.store import Stored
-from support.models import canonical
+from support.models import canonical, quantizer
 from support.numeric import relative_error
 
 
 def windows(rows: int = 4, length: int = 12, vocabulary: int = 32) -> TokenWindows:
     generator = torch.Generator().manual_seed(3)
     return TokenWindows.of(torch.randint(vocabulary, (rows, length), generator=generator), "test")
-
-
-def quantizer(**options: Any) -> QuantizeWeights:
-    """Return the pass in groups that divide every width of the test models."""
-    return QuantizeWeights(**{"group_size": 8, **options})
 
 
 def context() -> PassContext:
