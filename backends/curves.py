@@ -17,7 +17,7 @@ _TITLES = {
 def draw_curves(steps: Iterable[Mapping[str, Any]], folder: Path) -> list[str]:
     """Draw the learning curve of every pass that trained, as ``<pass>.svg``; return the names.
 
-    Needs matplotlib (``pip install modelathe[plot]``); without it nothing is drawn, and the figures
+    Needs matplotlib (``pip install matplotlib``); without it nothing is drawn, and the figures
     are in the manifest alone.
 
     Args:

@@ -8,7 +8,7 @@ scales and zero points as a float32 model stores them, and, in brackets, as a 16
 
 The ratio at 3.25 bits is the KL there over what lies on the straight line between K4V2 (3 bits)
 and K4V4 (4 bits).  ``--published`` adds KVTuner's own search: 6 groups and 100 tables of NSGA-II
-(needs ``pip install modelathe[search]``).  ``--out`` draws the fronts as ``cache.svg``.
+(needs ``pip install optuna``).  ``--out`` draws the fronts as ``cache.svg``.
 """
 
 from __future__ import annotations

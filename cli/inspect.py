@@ -29,10 +29,13 @@ def command(
     graph: Annotated[bool, typer.Option("--graph", help="Print every call of the graph.")] = False,
     scores: Annotated[
         bool,
-        typer.Option("--scores", help="Score each block: ZD, and LIM where text is given."),
+        typer.Option(
+            "--scores",
+            help="Score each block: ZD; with --calibration also LIM and block influence.",
+        ),
     ] = False,
     calibration: Annotated[
-        Path | None, typer.Option(help="Text that --scores reads for LIM.", metavar="FILE")
+        Path | None, typer.Option(help="Text that --scores reads.", metavar="FILE")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub id.")] = None,
     allow_pickle: AllowPickle = False,

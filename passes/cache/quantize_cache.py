@@ -68,7 +68,7 @@ class QuantizeCache(Pass):
         target_bits: mean width to search a table for, 2 to 8, scales and what is left alone not
             counted; instead of the other three.
         search: sums, which is ours, or nsga2, which is KVTuner's and needs optuna
-            (pip install modelathe[search]); none: sums.
+            (pip install optuna); none: sums.
         trials: tables that nsga2 measures; none: 100.
         groups: of blocks that share their widths, at most; none: 16.
         tokens: of the calibration text that the search measures on; none: 2048.

@@ -283,6 +283,6 @@ def _optuna() -> Any:
     except ImportError as error:
         raise PassError(
             "quantize-cache: NSGA-II needs optuna",
-            remedy="pip install modelathe[search], or leave search=nsga2 out",
+            remedy="pip install optuna, or leave search=nsga2 out",
         ) from error
     return optuna
