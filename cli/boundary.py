@@ -55,7 +55,8 @@ def explain(error: BaseException) -> tuple[str, str, int]:
     if isinstance(error, MemoryError) or "not enough memory" in str(error).lower():
         return f"not enough memory{_where(error)}", _OS_REMEDIES[errno.ENOMEM], FAILED
     if isinstance(error, ImportError) and not (error.name or "").startswith("modelathe"):
-        return str(error), "install what is missing: pip install modelathe", FAILED
+        missing = f": pip install {error.name.partition('.')[0]}" if error.name else ""
+        return str(error), f"install what is missing{missing}", FAILED
     first = str(error).partition("\n")[0]
     return f"unexpected {type(error).__name__}: {first}{_where(error)}", _REPORT, UNEXPECTED
 
