@@ -22,6 +22,7 @@ from ..select import check_globs, check_matches, chosen
 from .scale_edits import put_scales
 from .scale_search import Found, Kind, Observed, Reading, Search
 from .scaled_channels import Pair, ScaledChannels
+from .store import check_groups
 
 _BITS = {"awq": 4, "smooth": 8}
 _GROUPS = {"awq": 32, "smooth": -1}
@@ -171,14 +172,8 @@ class Equalize(Pass):
         """
         qtype = self.search.qtype
         for linear in (linear for pair in pairs for linear in pair.readers):
-            width = program.weight(linear.weight).shape[1]
-            if not qtype.divides(width):
-                raise PassError(
-                    f"@{linear.weight.target}: {width} wide, which group-size={qtype.group_size} "
-                    "does not divide",
-                    remedy="group-size=-1 (one group per row) is always legal; "
-                    f'or leave it alone with ignore="{path_of(linear.node)}"',
-                )
+            weight = program.weight(linear.weight)
+            check_groups(str(linear.weight.target), weight, qtype, path_of(linear.node))
 
     def _refused(
         self, program: Program, channels: ScaledChannels, pairs: Sequence[Pair]

@@ -25,7 +25,16 @@ from .outliers import (
 from .readers import Shared, find_shared, made_weights, quantized_paths, seen_paths, width_choice
 from .rewrite import is_quantized, put_beside, put_stored, quantized_call, weight_of
 from .sequential import Moments, in_sequence
-from .store import Dequantized, Stored, check_chosen, check_rounded, quality, store, store_rounded
+from .store import (
+    Dequantized,
+    Stored,
+    check_chosen,
+    check_groups,
+    check_rounded,
+    quality,
+    store,
+    store_rounded,
+)
 
 Bits = Literal[2, 3, 4, 8]
 METHOD = "method"
@@ -266,14 +275,8 @@ class QuantizeWeights(Pass):
             PassError: its rows do not fall into whole groups.
         """
         qtype = QuantType(bits, self.group_size, self.symmetric)
-        width = program.weight(shared.name).shape[1]
-        if qtype.divides(width):
-            return qtype
-        raise PassError(
-            f"@{shared.name}: {width} wide, which group-size={self.group_size} does not divide",
-            remedy="group-size=-1 (one group per row) is always legal; "
-            f'or leave it alone with ignore="{shared.paths[0]}"',
-        )
+        check_groups(shared.name, program.weight(shared.name), qtype, shared.paths[0])
+        return qtype
 
     def _round(self, program: Program, shared: Shared, qtype: QuantType, recipe: Recipe) -> Remark:
         """Round a weight to nearest, when it is read."""

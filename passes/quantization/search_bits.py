@@ -18,6 +18,7 @@ from ..progress import Advance
 from .bit_search import Forecast, Goal, Search, Table
 from .quantize_weights import QuantizeWeights
 from .sensitivity import Cost, RoundedUnits, has_logits, second_order
+from .store import check_groups
 from .units import Unit, check_units, find_units, single_linears
 from .widths import Chosen, check_only_marked, mean_bits, put_widths
 
@@ -173,13 +174,7 @@ class SearchBits(Pass):
         qtype = QuantType(min(self.widths), self.group_size, self.symmetric)
         for unit in find_units(program)[0]:
             for shared in unit.weights:
-                row = program.weight(shared.name).shape[1]
-                if not qtype.divides(row):
-                    raise PassError(
-                        f"@{shared.name}: {row} wide, which group-size={self.group_size} does not "
-                        "divide",
-                        remedy="group-size=-1 (one group per row) is always legal",
-                    )
+                check_groups(shared.name, program.weight(shared.name), qtype)
 
     @property
     def _widths(self) -> tuple[int, ...]:

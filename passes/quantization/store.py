@@ -55,6 +55,28 @@ class Stored:
         return QuantizedTensor(self.qtype, self.in_features, codes, scales, zeros)
 
 
+def check_groups(name: str, weight: Weight, qtype: QuantType, path: str | None = None) -> None:
+    """Check that the rows of a weight fall into whole groups.
+
+    Args:
+        name: of the weight, for the message.
+        weight: [out, in].
+        qtype: says how long a group is.
+        path: of a module that reads it, where the option ``ignore`` can leave that alone.
+
+    Raises:
+        PassError: they do not.
+    """
+    width = weight.shape[1]
+    if qtype.divides(width):
+        return
+    leave = "" if path is None else f'; or leave it alone with ignore="{path}"'
+    raise PassError(
+        f"@{name}: {width} wide, which group-size={qtype.group_size} does not divide",
+        remedy=f"group-size=-1 (one group per row) is always legal{leave}",
+    )
+
+
 def store_rounded(name: str, weight: Weight, qtype: QuantType, clip: Clip) -> Stored:
     """Return ``weight [out, in]`` rounded to the nearest numbers of its grid, not yet evaluated.
 

@@ -213,8 +213,9 @@ def test_options_that_cannot_act_are_errors(options: dict[str, object], message:
 
 
 def test_rows_that_do_not_fall_into_groups_are_an_error() -> None:
-    with pytest.raises(PassError, match="group-size=5 does not divide"):
+    with pytest.raises(PassError, match="group-size=5 does not divide") as caught:
         Equalize(group_size=5)(canonical("token-norm"), context())
+    assert "ignore=" in (caught.value.remedy or "")
 
 
 def test_values_that_are_not_finite_are_an_error() -> None:
