@@ -17,9 +17,6 @@ _DEPTH_KEYS = (
     *("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
     *("encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers"),
 )
-# Families, and those named after them (xlm-roberta), whose positions begin behind the padding one.
-# No key of a configuration tells.
-_POSITIONS_BEHIND_PADDING = ("roberta", "mpnet", "camembert", "data2vec-text", "longformer")
 
 
 def has_one_layer(config: Mapping[str, Any]) -> bool:
@@ -37,10 +34,16 @@ def max_length(config: Mapping[str, Any]) -> int | None:
         found = [source.get(key) for key in _LENGTH_KEYS]
         longest = min((n for n in found if isinstance(n, int) and n > 0), default=None)
         if longest is not None:
-            family = str(config.get("model_type"))
-            behind = any(name in family for name in _POSITIONS_BEHIND_PADDING)
-            return longest - 2 if behind else longest
+            return longest
     return None
+
+
+def with_length(config: Mapping[str, Any], limit: int | None) -> dict[str, Any]:
+    """Return a configuration that says so where a model has positions for ``limit`` tokens only."""
+    known = max_length(config)
+    if limit is None or (known is not None and known <= limit):
+        return dict(config)
+    return {**config, "max_sequence_length": limit}
 
 
 def vocab_size(config: Mapping[str, Any]) -> int | None:

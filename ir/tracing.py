@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 
 from .blocks import stamp
 from .computed import ComputedWeight
-from .config import has_one_layer
+from .config import has_one_layer, with_length
 from .errors import CaptureError, ModelatheError
 from .infer import Sizes, infer_graph
 from .mapping import tied_names, tied_tensors
@@ -40,7 +40,7 @@ def trace_wrapped(
         name: of the model, for messages and the program's origin.
         mode: the fake mode that its parameters live in, or None.
         found: weights by the names of parameters; what is missing must be real in the model.
-        config: becomes the program's.
+        config: becomes the program's, with the longest sequence where only the modules tell.
         watch: is told of every step.
     """
     with torch.no_grad(), _without_empty_masks(), mode or contextlib.nullcontext():
@@ -54,7 +54,9 @@ def trace_wrapped(
     origin = Origin(name, kind)
     lengths = {wrapped.length for wrapped, _ in parts.values()} - {EXAMPLE_LENGTH}
     sizes = Sizes({"sequence": max(lengths)} if lengths else None)
-    program = Program({}, {}, Weights(), dict(config), origin)
+    program = Program(
+        {}, {}, Weights(), with_length(config, positions_behind_padding(model)), origin
+    )
     tied = tied_names(model)
     for graph, (wrapped, exported) in parts.items():
         signature = Signature(tuple(wrapped.inputs), wrapped.outputs, dict(wrapped.inputs))
@@ -68,6 +70,19 @@ def trace_wrapped(
         note = f"not captured: {len(unread)} parameters that no graph reads, such as {unread[0]}"
         program.origin = replace(origin, notes=(note,))
     return program
+
+
+def positions_behind_padding(model: nn.Module) -> int | None:
+    """Return for how many tokens a table of positions that has a row for padding has others.
+
+    RoBERTa and its kin count from behind that row on, and no key of a configuration says so.
+    """
+    limits = []
+    for path, module in model.named_modules():
+        padding: Any = getattr(module, "padding_idx", None)
+        if padding is not None and "position" in path.rpartition(".")[2]:
+            limits.append(len(module.get_parameter("weight")) - padding - 1)
+    return min(limits, default=None)
 
 
 @contextlib.contextmanager

@@ -10,9 +10,11 @@ import transformers
 from torch import Tensor, nn
 
 from modelathe.ir import CaptureError, Program, capture, verify
+from modelathe.ir.config import max_length
+from modelathe.ir.tracing import positions_behind_padding
 from modelathe.ir.wrappers import cache_argument
 from support.feeds import SHAPES, decoder_outputs, feed, plain_outputs
-from support.models import MODELS, TRANSFORMERS, VOCABULARY, module, perturb, program
+from support.models import MODELS, TRANSFORMERS, VOCABULARY, Transformer, module, perturb, program
 from support.numeric import assert_same_bits, rounding, worst_error
 
 DECODERS = ["llama", "gpt2", "gemma3", "llama-bf16"]
@@ -55,6 +57,40 @@ def test_an_encoder_gives_the_bits_of_transformers(name: str, pads: int) -> None
         inputs = feed(found, batch=batch, sequence=sequence, pads=pads if sequence > 1 else 0)
         expected = plain_outputs(module(name), inputs, found.signature.outputs)
         assert_same_bits(found.run(inputs), expected)
+
+
+_TINY = {
+    "vocab_size": 20,
+    "max_position_embeddings": 12,
+    "num_hidden_layers": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_attention_heads": 2,
+}
+
+
+@pytest.mark.parametrize("kind", ["roberta", "xmod", "ibert", "lilt", "esm", "mpnet", "markuplm"])
+def test_positions_that_begin_behind_the_padding_are_fewer_than_the_table_has(kind: str) -> None:
+    model = Transformer("AutoModel", kind, {**_TINY, "pad_token_id": 2})()
+    padding = 1 if kind == "mpnet" else 2  # it reads no key for that
+    assert positions_behind_padding(model) == 12 - (padding + 1)
+
+
+@pytest.mark.parametrize("kind", ["bert", "opt"])
+def test_so_are_no_others(kind: str) -> None:
+    model = Transformer("AutoModel", kind, {**_TINY, "pad_token_id": 2})()
+    assert positions_behind_padding(model) is None
+
+
+def test_the_configuration_of_a_program_has_the_longest_sequence() -> None:
+    found = capture(Transformer("AutoModel", "roberta", {**_TINY, "pad_token_id": 0})().eval())
+    longest = max_length(found.config)
+    assert longest == 11
+    types = torch.zeros(1, longest + 1, dtype=torch.int64)
+    inputs = {"input_ids": types + 5, "attention_mask": types + 1, "token_type_ids": types}
+    found.run({name: value[:, :longest] for name, value in inputs.items()})
+    with pytest.raises(IndexError):
+        found.run(inputs)
 
 
 def test_a_model_that_adds_its_mask_to_a_bias_is_given_none_where_it_reads_none() -> None:

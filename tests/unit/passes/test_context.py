@@ -280,7 +280,7 @@ def configured(**config: Any) -> Program:
         ({"max_position_embeddings": 64}, 64),
         ({"n_positions": 32, "max_position_embeddings": 64}, 32),
         ({"max_position_embeddings": -1, "n_positions": 9}, 9),
-        ({"max_position_embeddings": 514, "model_type": "roberta"}, 512),
+        ({"max_position_embeddings": 514, "max_sequence_length": 512}, 512),
         ({}, None),
         ({"max_position_embeddings": "many"}, None),
     ],

@@ -103,8 +103,8 @@ def test_positions_count_real_tokens_and_never_fall_below_zero() -> None:
     [
         ({"n_positions": 8}, 8),
         ({"text_config": {"max_position_embeddings": 9}}, 9),
-        ({"model_type": "roberta", "max_position_embeddings": 514}, 512),
-        ({"model_type": "xlm-roberta", "max_position_embeddings": 514}, 512),
+        ({"max_position_embeddings": 514, "max_sequence_length": 512}, 512),
+        ({"text_config": {"max_position_embeddings": 514}, "max_sequence_length": 512}, 512),
         ({"max_position_embeddings": None}, None),
         ({}, None),
     ],
