@@ -7,10 +7,10 @@ when none is given.  Calibration is on the demo's calibration text, measuring on
 The head stays as it is.
 
 3 bits: ``quantize-weights{method=rtn}`` with nothing before it, with AWQ's scales as published
-(``refine=0``) and with those of the default.  8/8: every linear's weight in 8 bits per channel,
-what it reads in 8 bits with one symmetric step for each token, both simulated in float32; nothing
-before it, or ``equalize{kind=smooth}``.  ``fold-norms`` runs before, or not.  Decoders: rise of
-the cross-entropy in nats and KL per token; encoders: 1 - mean cosine.  Shares are of the first row.
+(``refine=0``) and with those of the default.  8/8: linears' weights in 8 bits per channel and
+``quantize-activations`` behind them; nothing before, or ``equalize{kind=smooth}``.  ``fold-norms``
+runs before, or not.  Decoders: rise of the cross-entropy in nats and KL per token; encoders: 1 -
+mean cosine.  Shares are of the first row.
 """
 
 from __future__ import annotations
@@ -20,53 +20,15 @@ import math
 import time
 import warnings
 
-import torch
 from minilm import model_folder
-from torch import fx
 
 from modelathe.demo import CALIBRATION_TEXT, HELDOUT_TEXT
-from modelathe.ir import Linear, Program, block_of, capture, insert_call
-from modelathe.ir.quant import QuantType, quantize
+from modelathe.ir import Program, capture
 from modelathe.passes import PassContext, Pipeline
 from modelathe.passes.fidelity import Reference
 
-aten = torch.ops.aten
 AWQ = {"rounded": "", "as published": "refine=0", "equalized": ""}
-
-
-def rounded(graph: fx.Graph, x: fx.Node, before: fx.Node) -> fx.Node:
-    """Insert calls that round a value to 8 bits, one symmetric step for each token."""
-
-    def call(target: object, *args: object) -> fx.Node:
-        return insert_call(graph, target, args, before=before, like=before)
-
-    largest = call(aten.amax.default, call(aten.abs.default, x), [-1], True)
-    step = call(aten.div.Scalar, call(aten.clamp_min.default, largest, 1e-12), 127)
-    steps = call(aten.round.default, call(aten.div.Tensor, x, step))
-    return call(aten.mul.Tensor, steps, step)
-
-
-def in_eight_bits(program: Program) -> Program:
-    """Return the program with weights and inputs of its blocks' linears rounded to 8 bits."""
-    made = program.editable()
-    for graph in made.graphs.values():
-        inputs: dict[fx.Node, fx.Node] = {}
-        for node in list(graph.nodes):
-            linear = Linear.match(node)
-            if linear is None or block_of(node) is None:
-                continue
-            weight = made.weight(linear.weight).load(torch.float32)
-            name = f"{linear.weight.target}.rounded"
-            if name not in made.weights:
-                codes = quantize(weight, QuantType(8, -1, symmetric=True))
-                made.add_weight(name, codes.dequantize())
-            if linear.input not in inputs:
-                inputs[linear.input] = rounded(graph, linear.input, node)
-            weights = made.weight_node(graph, name, before=node), linear.bias
-            linear.set_weights(*weights)
-            node.replace_input_with(linear.input, inputs[linear.input])
-    made.clean()
-    return made
+EIGHT = "quantize-weights{bits=8 group-size=-1 method=rtn head-bits=none},quantize-activations"
 
 
 def lost(reference: Reference, program: Program) -> tuple[float, ...]:
@@ -114,11 +76,12 @@ def study(name: str, arguments: argparse.Namespace) -> None:
                 found = lost(reference, run((equal if first else "") + bits, program))
                 first = first or found
                 row(f"3 bits, group {group}, {title}", found, first, time.perf_counter() - started)
-        first = lost(reference, in_eight_bits(program))
-        row("8/8, rounded", first, first, 0)
-        started = time.perf_counter()
-        smooth = in_eight_bits(run("equalize{kind=smooth}", program))
-        row("8/8, equalized", lost(reference, smooth), first, time.perf_counter() - started)
+        first = None
+        for title, equal in (("rounded", ""), ("equalized", "equalize{kind=smooth},")):
+            started = time.perf_counter()
+            found = lost(reference, run(equal + EIGHT, program))
+            first = first or found
+            row(f"8/8, {title}", found, first, time.perf_counter() - started)
 
 
 def main() -> None:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ...ir import PassError
+from ...ir.activations import round_activations
 from ...ir.quant import QuantType, quantize
 
 Kind = Literal["awq", "smooth"]
 _SAMPLE = 1024  # vectors that are kept for kind=smooth
-_LEVELS = 127  # of activations in 8 bits, symmetric
 _WIDEST = 2.0**8  # no scale is larger, nor smaller than its inverse: float16 holds what is scaled
 _RATE = 0.03  # of descent, on logarithms of scales
 _ROWS = 512  # of each weight that a step of descent looks at
@@ -192,14 +192,8 @@ class Search:
         if self.kind == "awq":
             error = rounded / factors - one.weight
             return float((error @ one.seen.data).mul_(error).sum())
-        error = in_eight_bits(one.seen.data / factors) @ rounded.T
+        error = round_activations(one.seen.data / factors, None, None, 8) @ rounded.T
         return float((error - one.seen.data @ one.weight.T).square().sum()) / len(one.seen.data)
-
-
-def in_eight_bits(x: Tensor) -> Tensor:
-    """Return vectors [..., in] rounded to 255 numbers, symmetric, one step for each vector."""
-    step = x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny) / _LEVELS
-    return (x / step).round_().mul_(step)
 
 
 def _extents(groups: Tensor, symmetric: bool) -> Tensor:
