@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from ...ir import Block, Linear, PassError, Program, Weight, find_blocks, fingerprint
+from ...ir import Linear, PassError, Program, Weight, fingerprint
 from ...ir.quant import row_tiles
+from ..tying.stacks import find_stacks
 from .block_influence import BlockScores
 
 Sided = Literal["one", "two"]
@@ -22,8 +23,9 @@ def zd(
 ) -> BlockScores:
     """Measure ``ZD(l) = #{k: z_k > 1} / #weights`` of every block; no text is needed.
 
-    With z_k = (w_k - mean(w)) / std(w) over the numbers w of all linears of the block (norms and
-    biases left out).  Scores are 0 to 1, and a *high* one means unimportant.  ``w -> a w + c``
+    With z_k = (w_k - mean(w)) / std(w) over the numbers w of all linears of the block: norms and
+    biases are left out, and those that make a decoder's cross-attention keys and values in the
+    encoder's graph are in.  Scores are 0 to 1, and a *high* one is unimportant.  ``w -> a w + c``
     changes no score, with a > 0 where only large numbers count, with a != 0 where both ends do.
     Sums in float64, a few rows at a time.
 
@@ -42,17 +44,18 @@ def zd(
     """
     name = next(iter(program.graphs)) if graph is None else graph
     scores = []
-    for block in find_blocks(program.graphs[name]):
-        weights = [program.weight(weight) for weight in linear_weights(block)]
+    stacks = [stack for stack in find_stacks(program) if stack.graph == name]
+    for nodes in (stack.nodes(index) for stack in stacks for index in range(len(stack.blocks))):
+        weights = [program.weight(weight) for weight in linear_weights(nodes)]
         groups = [weights] if pooled else [[weight] for weight in weights]
         shares = [share_above(group, sided) for group in groups]
         scores.append(sum(shares) / len(shares) if weights else float("nan"))
     return BlockScores(tuple(scores), name, 0, fingerprint(program))
 
 
-def linear_weights(block: Block) -> tuple[str, ...]:
-    """Return the names of the weights of a block's linears, each once."""
-    found = [linear.weight for node in block.nodes if (linear := Linear.match(node)) is not None]
+def linear_weights(nodes: Iterable[fx.Node]) -> tuple[str, ...]:
+    """Return the names of the weights of the linears among some calls, each once."""
+    found = [linear.weight for node in nodes if (linear := Linear.match(node)) is not None]
     return tuple(dict.fromkeys(str(node.target) for node in found if node.op == "get_attr"))
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ...ir import PassError, Program, find_blocks
+from ...ir import PassError, Program
 from ..base import Remark
 from ..tying.stacks import find_stacks
 from .readers import Shared, find_shared, quantized_paths
@@ -43,11 +43,11 @@ def find_units(program: Program) -> tuple[tuple[Unit, ...], tuple[Remark, ...]]:
     """
     owners: dict[fx.Node, Place] = {}
     names: dict[Place, tuple[str, str]] = {}  # key and module path
-    graphs = [name for name, graph in program.graphs.items() if find_blocks(graph)]
-    for graph, stack in zip(graphs, find_stacks(program), strict=True):
+    for stack in find_stacks(program):
         for index, block in enumerate(stack.blocks):
-            names[graph, index] = block.key, block.path
-            owners.update(dict.fromkeys(stack.nodes(index), (graph, index)))
+            place = stack.graph, index
+            names[place] = block.key, block.path
+            owners.update(dict.fromkeys(stack.nodes(index), place))
     order = {place: number for number, place in enumerate(names)}
     found: list[tuple[Shared, list[Place]]] = []
     missed: list[Remark] = []

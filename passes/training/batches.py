@@ -161,10 +161,12 @@ def training_batches(
     Args:
         program: whose origin writes the generated share.
         context: holds the text.
-        tokens: of the whole run; no more than half of them, and at most 300 000, are generated.
+        tokens: of the whole run; the share ``mix`` of them is generated, all where there is no
+            text, and at most 300 000, which are then read more than once.
         batch: tokens in a step, about.
         length: tokens in a window.
-        mix: share of every batch that is generated; 0 unless the model is a decoder.
+        mix: share of every batch that is generated where there is text; 0 unless the model is a
+            decoder.
 
     Raises:
         DataError: there is no text, or too little.

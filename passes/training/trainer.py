@@ -158,9 +158,8 @@ class Trainer:
     Args:
         student: what is trained.
         optimizer: over its parameters.
-        kind: of the program.
-        teacher: runs the teacher's graphs, without gradients.
-        teacher_program: says what inputs they have.
+        teacher: a program that says what inputs there are, and what runs its graphs, without
+            gradients.
         batches: what is read.
         plan: the schedule.
         progress: who is told.

@@ -29,12 +29,14 @@ class Stack:
     """The blocks of one graph.
 
     Attributes:
+        graph: which one.
         name: module path of their parent, such as ``model.layers``.
         blocks: in order.
         visiting: per block, calls of its modules in other graphs: the encoder graph of an
             encoder-decoder makes the keys and values of the decoder's cross attention.
     """
 
+    graph: str
     name: str
     blocks: tuple[Block, ...]
     visiting: tuple[tuple[fx.Node, ...], ...]
@@ -57,7 +59,7 @@ def find_stacks(program: Program) -> list[Stack]:
             tuple(node for node in calls if f"{path_of(node)}.".startswith(f"{block.path}."))
             for block in blocks
         )
-        stacks.append(Stack(blocks[0].path.rpartition(".")[0], blocks, visiting))
+        stacks.append(Stack(name, blocks[0].path.rpartition(".")[0], blocks, visiting))
     return stacks
 
 

@@ -13,6 +13,7 @@ from modelathe.passes import PruneBlocks, TokenWindows
 from modelathe.passes.analysis.block_influence import block_influence, compare_ends
 from modelathe.passes.analysis.lim import lim
 from modelathe.passes.analysis.zd import linear_weights, share_above, zd
+from modelathe.passes.quantization.readers import find_shared
 from support.models import canonical, context
 
 
@@ -80,7 +81,7 @@ def test_both_graphs_of_an_encoder_decoder_have_scores(graph: str) -> None:
 @pytest.mark.parametrize("sided", ["one", "two"])
 def test_zd_is_the_share_of_numbers_beyond_one_deviation(sided: Any) -> None:
     program = canonical("llama")
-    names = linear_weights(find_blocks(program.graph)[0])
+    names = linear_weights(find_blocks(program.graph)[0].nodes)
     assert len(names) == 7
     numbers = torch.cat([program.weight(name).load().double().flatten() for name in names])
     z = (numbers - numbers.mean()) / numbers.std(correction=0)
@@ -89,6 +90,15 @@ def test_zd_is_the_share_of_numbers_beyond_one_deviation(sided: Any) -> None:
     apart = [share_above([program.weight(name)], sided) for name in names]
     mean = sum(apart) / len(apart)
     assert zd(program, sided=sided, pooled=False).scores[0] == pytest.approx(mean)
+
+
+def test_a_decoder_block_s_zd_counts_the_cross_attention_linears_of_the_encoder_graph() -> None:
+    program = canonical("t5")
+    inside = f"{find_blocks(program.graphs['decoder'])[0].path}."
+    names = [one.name for one in find_shared(program) if one.paths[0].startswith(inside)]
+    assert len(names) == 10  # two attentions of four linears, and an MLP of two
+    expected = share_above([program.weight(name) for name in names], "one")
+    assert zd(program, "decoder").scores[0] == pytest.approx(expected, abs=1e-12)
 
 
 def test_equal_numbers_do_not_stick_out() -> None:
