@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 Table = tuple[int, ...]  # for each unit, the index of a width
+Order = Literal["greedy", "static"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +49,17 @@ class Forecast:
         shares = _pick(self.shares, table)
         return float(_pick(self.alone, table).sum() + shares @ self.pairs @ shares / 2)
 
-    def single(self, table: Table) -> tuple[Tensor, Tensor]:
-        """Return what giving one unit another width adds to cost and size: two [units, widths]."""
+    def single(self, table: Table, beside: Table | None = None) -> tuple[Tensor, Tensor]:
+        """Return what giving one unit another width adds to cost and size: two [units, widths].
+
+        Args:
+            table: the widths now.
+            beside: those that the other units count with; None: the same.
+        """
         now = _pick(self.shares, table)
+        others = now if beside is None else _pick(self.shares, beside)
         alone = self.alone - _pick(self.alone, table)[:, None]
-        joint = (self.shares - now[:, None]) * (self.pairs @ now)[:, None]
+        joint = (self.shares - now[:, None]) * (self.pairs @ others)[:, None]
         return alone + joint, self.sizes - _pick(self.sizes, table)[:, None]
 
     def double(self, table: Table) -> tuple[Tensor, Tensor]:
@@ -72,17 +80,19 @@ class Forecast:
         return both, self.size(table) + sizes[:, None] + sizes
 
 
-def chain(forecast: Forecast) -> list[Table]:
+def chain(forecast: Forecast, order: Order = "greedy") -> list[Table]:
     """Return tables from the widest to the narrowest, each with one unit narrower than the last.
 
-    The unit that goes next adds least cost for what it saves, given those that went before: its
-    score is ``H_i + sum of I_ij over the units j rounded before``, per unit of size.
+    The unit that goes next adds least cost for what it saves.  Its score is ``H_i + sum of I_ij``
+    per unit of size, over the units j as they are by then (greedy), or over all others as they are
+    in the narrowest width (static).
     """
     units, widths = forecast.alone.shape
+    beside = (0,) * units if order == "static" else None
     table: Table = (widths - 1,) * units
     found = [table]
     while any(table):
-        costs, sizes = forecast.single(table)
+        costs, sizes = forecast.single(table, beside)
         narrower = torch.arange(widths) < torch.tensor(table)[:, None]
         price = torch.where(narrower, costs / -sizes, torch.inf)
         table = _changed(table, int(price.argmin()), widths)
@@ -138,19 +148,25 @@ class Search:
         measure: what a table does cost.
         goal: some table meets it.
         tables: how many to measure in step 3.
+        order: of the chain.
     """
 
     def __init__(
-        self, forecast: Forecast, measure: Callable[[Table], float], goal: Goal, tables: int
+        self,
+        forecast: Forecast,
+        measure: Callable[[Table], float],
+        goal: Goal,
+        tables: int,
+        order: Order = "greedy",
     ) -> None:
         self.forecast, self.measure, self.goal = forecast, measure, goal
-        self.tables = tables
+        self.tables, self.order = tables, order
         self.seen: dict[Table, float] = {}
 
     def run(self) -> Table:
         """Return the best table among those that were measured."""
         units, widths = self.forecast.alone.shape
-        self._cut(chain(self.forecast))
+        self._cut(chain(self.forecast, self.order))
         for width in range(widths):
             self.look((width,) * units)
         for _ in range(self.tables):

@@ -15,7 +15,7 @@ from ...ir.quant import QuantType
 from ..base import Fidelity, Pass, PassResult, Remark
 from ..context import PassContext, reads_tokens
 from ..progress import Advance
-from .bit_search import Forecast, Goal, Search, Table
+from .bit_search import Forecast, Goal, Order, Search, Table
 from .quantize_weights import QuantizeWeights
 from .sensitivity import Cost, RoundedUnits, has_logits, second_order
 from .store import check_groups
@@ -38,7 +38,8 @@ class SearchBits(Pass):
     2. What two units cost together beyond that, measured in the narrowest width:
        ``I_uv = KL(u, v) - KL(u) - KL(v)``; neighbours first, then those with the largest costs.
     3. A chain of tables: from the widest on, the unit that goes down next is the one with the
-       least ``H_u + sum of I_uv over the units that went before``, for what it saves.
+       least ``H_u + sum of I_uv``, for what it saves: over the units v that went before, or with
+       ``order=static`` over all others.
     4. Bisection along the chain: against the size, or against measured KL.
     5. Tables near by, in the order of what they are expected to cost, and the uniform widths are
        measured; the best one that was measured is chosen.
@@ -68,6 +69,7 @@ class SearchBits(Pass):
         tokens: of the calibration text that costs are measured on, whole windows.
         pairs: of units that are measured together, at most.
         tables: near the best one that are measured.
+        order: of the chain: greedy or static.
     """
 
     name: ClassVar[str] = "search-bits"
@@ -83,6 +85,7 @@ class SearchBits(Pass):
     tokens: int = 2048
     pairs: int = 32
     tables: int = 24
+    order: Order = "greedy"
 
     def __post_init__(self) -> None:
         targets = (self.target_bits, self.target_kl, self.target_bytes)
@@ -143,7 +146,7 @@ class SearchBits(Pass):
                 return cost({unit: self._widths[index] for unit, index in enumerate(table)})
 
             forecast = self._forecast(curves, sizes, cost, advance)
-            search = Search(forecast, measure, goal, self.tables)
+            search = Search(forecast, measure, goal, self.tables, self.order)
             best = search.run()
         figure = "KL" if has_logits(program) else "1 - cosine"
         about = (

@@ -70,6 +70,21 @@ def test_the_chain_is_nested_from_the_widest_to_the_narrowest() -> None:
         assert sum(after) < sum(before)
 
 
+def test_a_static_chain_goes_by_row_sums_and_a_greedy_one_by_what_went_before() -> None:
+    alone = torch.tensor([[1.0, 0], [2.0, 0], [3.0, 0]], dtype=torch.float64)
+    pairs = torch.tensor([[0.0, 1.5, 5.0], [1.5, 0.0, 0.0], [5.0, 0.0, 0.0]], dtype=torch.float64)
+    forecast = Forecast(alone, pairs, torch.tensor([[1.0, 2.0]] * 3, dtype=torch.float64))
+    # row sums: 1 + 6.5, 2 + 1.5 and 3 + 5; by what went before: 1 first, then 2 + 1.5, then 3 + 5
+    assert chain(forecast, "static") == [(1, 1, 1), (1, 0, 1), (0, 0, 1), (0, 0, 0)]
+    assert chain(forecast, "greedy") == [(1, 1, 1), (0, 1, 1), (0, 0, 1), (0, 0, 0)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_without_interactions_both_chains_are_the_same(seed: int) -> None:
+    forecast = made(5, seed, alone=True)
+    assert chain(forecast, "static") == chain(forecast, "greedy")
+
+
 def test_without_interactions_the_chain_is_ordered_by_cost_alone() -> None:
     forecast = Forecast(
         torch.tensor([[3.0, 0], [1.0, 0], [2.0, 0]], dtype=torch.float64),

@@ -28,6 +28,7 @@ from modelathe.passes import (
     TokenWindows,
 )
 from modelathe.passes.fidelity import Reference
+from modelathe.passes.quantization import bit_search
 from modelathe.passes.quantization.readers import WIDTH
 from modelathe.passes.quantization.search_bits import first_pairs
 from modelathe.passes.quantization.sensitivity import Cost, RoundedUnits, second_order
@@ -201,6 +202,20 @@ def test_gradients_reach_the_encoder_of_an_encoder_decoder() -> None:
     )
     assert bool((found > 0).all())
     assert bool((found[:, 0] > 100 * found[:, 1]).all())
+
+
+def test_the_chain_has_the_order_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    orders: list[bit_search.Order] = []
+    real = bit_search.chain
+
+    def chain(forecast: bit_search.Forecast, order: bit_search.Order) -> list[bit_search.Table]:
+        orders.append(order)
+        return real(forecast, order)
+
+    monkeypatch.setattr(bit_search, "chain", chain)
+    searched(target_bits=3, unit="block")
+    searched(target_bits=3, unit="block", order="static")
+    assert orders == ["greedy", "static"]
 
 
 def test_neighbours_are_measured_together_first() -> None:
