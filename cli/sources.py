@@ -16,7 +16,7 @@ def is_artifact_word(word: str) -> bool:
     """Tell whether ``word`` names a folder with a manifest of ours."""
     from ..backends.manifest import is_artifact
 
-    return is_artifact(Path(word))
+    return not _is_demo(word) and is_artifact(Path(word))
 
 
 def open_program(
@@ -62,14 +62,19 @@ def open_artifact_folder(word: str, screen: Screen, *, threads: int = 0) -> Sess
 
 
 def _may_be_model(word: str) -> bool:
-    """Tell whether capture should be tried: anything but a folder without a configuration.
+    """Tell whether capture should be tried: anything but a folder without a configuration."""
+    path = Path(word)
+    return _is_demo(word) or not path.is_dir() or (path / "config.json").exists()
 
-    ``demo`` is the embedded model, as it is for ``capture``, whatever folder has that name.
+
+def _is_demo(word: str) -> bool:
+    """Tell whether ``word`` is the embedded model, whatever folder has its name.
+
+    It is so for ``capture``, and means the same everywhere; ``./demo`` is the folder.
     """
     from ..ir.capture import DEMO
 
-    path = Path(word)
-    return word == DEMO or not path.is_dir() or (path / "config.json").exists()
+    return word == DEMO
 
 
 def is_model_folder(path: Path) -> bool:
@@ -80,7 +85,9 @@ def is_model_folder(path: Path) -> bool:
 def is_plain_onnx(word: str) -> bool:
     """Tell whether ``word`` is a folder with ONNX files and nothing that capture reads."""
     path = Path(word)
-    return path.is_dir() and any(path.glob("*.onnx")) and not _has_weights(path)
+    return (
+        not _is_demo(word) and path.is_dir() and any(path.glob("*.onnx")) and not _has_weights(path)
+    )
 
 
 def _has_weights(path: Path) -> bool:

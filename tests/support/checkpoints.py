@@ -63,7 +63,7 @@ def model_folder(name: str, folder: Path) -> Path:
 
 
 def changed(folder: Path) -> Program:
-    """Return a model folded, equalised in its first block, without the second, and with other weights."""
+    """Return a model folded, equalised in one block, without another, and with other weights."""
     program = Canonicalize()(capture(folder)).program
     program = FoldNorms()(program).program
     program = Equalize(kind="smooth", grid=1, only=("0",))(program, context()).program

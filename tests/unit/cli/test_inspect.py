@@ -13,6 +13,7 @@ from modelathe.backends import Eager
 from modelathe.backends.program_session import ProgramSession
 from modelathe.backends.session import open_artifact
 from modelathe.cli.inspect import norms_text
+from modelathe.cli.sources import is_artifact_word, is_plain_onnx
 from modelathe.ir import save_program, to_text
 from modelathe.passes import Canonicalize
 from modelathe.passes.analysis.zd import zd
@@ -62,12 +63,16 @@ def test_an_artifact_has_no_revision(toy: Path, cli: Callable[..., Any]) -> None
     assert f"--revision is of a hub id, and {toy} is an artifact" in done.err
 
 
-def test_an_artifact_called_demo_is_not_the_embedded_model(
+def test_demo_is_the_embedded_model_and_a_path_the_artifact_of_that_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Any]
 ) -> None:
     Eager().lower(program("norm-mlp"), check=False).save(tmp_path / "demo")
+    (tmp_path / "demo" / "other.onnx").touch()
     monkeypatch.chdir(tmp_path)
-    graph = cli("inspect", "demo", "--graph", "--json").json["graph"]
+    assert not is_artifact_word("demo")
+    assert not is_plain_onnx("demo")
+    (tmp_path / "demo" / "other.onnx").unlink()
+    graph = cli("inspect", "./demo", "--graph", "--json").json["graph"]
     opened = open_artifact("demo")
     assert isinstance(opened, ProgramSession)
     assert graph == to_text(opened.program) == to_text(program("norm-mlp"))
