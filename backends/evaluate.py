@@ -227,7 +227,7 @@ def embedding(session: Session, tokens: Tokens) -> Array:
     names = [one.name for one in spec.inputs]
     if unknown := [name for name in names if name not in known]:
         raise DataError(
-            f"{session.folder}: reads {', '.join(unknown)}, not only text",
+            f"{session.name}: reads {', '.join(unknown)}, not only text",
             remedy="give the inputs as arrays: --data inputs.npz",
         )
     results = session.run({name: known[name] for name in names})
@@ -251,7 +251,7 @@ def _forced_logits(session: Session, source: Sequence[int], target: Sequence[int
     start = special.begin if special.decoder_start is None else special.decoder_start
     if start is None:
         raise DataError(
-            f"{session.folder}: its configuration names no decoder_start_token_id",
+            f"{session.name}: its configuration names no decoder_start_token_id",
             remedy="add it to generation_config.json",
         )
     tokens = np.asarray([source], dtype=np.int64)

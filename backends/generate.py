@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..ir.errors import DataError
-from .session import Array, Cache, Session, Tokens, read_config
+from .session import Array, Cache, Session, Tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +54,7 @@ class SpecialTokens:
     @classmethod
     def of(cls, session: Session) -> SpecialTokens:
         """Read them from generation_config.json, and from config.json what that does not say."""
-        generation = read_config(session.folder, "generation_config.json")
+        generation = session.generation
 
         def value(key: str) -> Any:
             found = generation.get(key)
@@ -178,7 +178,7 @@ def _begin(
     start = special.begin if special.decoder_start is None else special.decoder_start
     if start is None:
         raise DataError(
-            f"{session.folder}: its configuration names no decoder_start_token_id",
+            f"{session.name}: its configuration names no decoder_start_token_id",
             remedy=f"add it to generation_config.json; the decoder reads {plan.tokens}",
         )
     first = np.full((len(prompts), 1), start, dtype=np.int64)
@@ -202,7 +202,7 @@ def encoder_feeds(session: Session, tokens: Tokens, mask: Tokens) -> Mapping[str
     known = {"input_ids": tokens, "attention_mask": mask}
     if unknown := [name for name in names if name not in known]:
         raise DataError(
-            f"{session.folder}: its encoder reads {', '.join(unknown)}, not text",
+            f"{session.name}: its encoder reads {', '.join(unknown)}, not text",
             remedy="call Session.encode and Session.decode from Python with such inputs",
         )
     return {name: known[name] for name in names}

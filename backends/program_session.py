@@ -27,7 +27,7 @@ class ProgramSession(Session):
     def __init__(
         self,
         program: Program,
-        folder: Path,
+        folder: Path | None,
         manifest: Mapping[str, Any],
         dtype: torch.dtype | None = None,
         *,
@@ -51,7 +51,6 @@ class ProgramSession(Session):
 
         As a reference it computes in float32: a 16-bit model's own rounding is not the artifact's.
         """
-        folder = program.origin.folder or Path()
         manifest = {
             "kind": program.kind,
             "model": program.origin.model,
@@ -59,7 +58,7 @@ class ProgramSession(Session):
             "signatures": program_signatures(program),
             "files": {},
         }
-        return cls(program, folder, manifest, dtype, threads=threads)
+        return cls(program, program.origin.folder, manifest, dtype, threads=threads)
 
     @classmethod
     def open(

@@ -44,7 +44,7 @@ class Session(ABC):
     """An artifact that is ready to run.
 
     Attributes:
-        folder: the artifact.
+        name: what messages call it: its folder, or the model that it is of.
         manifest: its manifest.
         config: the model's configuration, as the artifact has it.
         graphs: what each graph takes and gives.
@@ -55,14 +55,36 @@ class Session(ABC):
 
     settings: dict[str, Any]
 
-    def __init__(self, folder: Path, manifest: Mapping[str, Any], config: dict[str, Any]) -> None:
-        self.folder = folder
+    def __init__(
+        self, folder: Path | None, manifest: Mapping[str, Any], config: dict[str, Any]
+    ) -> None:
+        self._folder = folder
+        self.name = str(folder or manifest["model"])
         self.manifest = manifest
         self.config = config
         self.codes: Mapping[str, Array] = {}
         self.graphs = {
             name: GraphSpec.parse(signature) for name, signature in manifest["signatures"].items()
         }
+
+    @property
+    def folder(self) -> Path:
+        """The artifact, or where the model in memory came from.
+
+        Raises:
+            DataError: it came from no folder.
+        """
+        if self._folder is None:
+            raise DataError(
+                f"{self.name}: comes from no folder, so it has no tokenizer",
+                remedy="give a model folder, or an artifact with the tokenizer's files in it",
+            )
+        return self._folder
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """The model's generation settings; empty where it has none."""
+        return {} if self._folder is None else read_config(self._folder, "generation_config.json")
 
     @property
     def kind(self) -> str:
@@ -88,7 +110,7 @@ class Session(ABC):
         """
         if self.kind not in ("decoder", "encoder-decoder"):
             raise DataError(
-                f"{self.folder}: is {_article(self.kind)}, which cannot generate text",
+                f"{self.name}: is {_article(self.kind)}, which cannot generate text",
                 remedy="give an artifact of a decoder or an encoder-decoder",
             )
         graph = "main" if self.kind == "decoder" else "decoder"

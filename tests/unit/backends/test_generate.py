@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modelathe.backends.generate import Sampling, choose, generate, pad
+from modelathe.backends.generate import Sampling, SpecialTokens, choose, generate, pad
 from modelathe.backends.program_session import ProgramSession
 from modelathe.backends.session import open_artifact
 from modelathe.ir import DataError
+from modelathe.passes.tokenizer import open_tokenizer
 from support.artifacts import POSITIONS, STOP, expected_logits
 from support.models import program
 
@@ -45,6 +46,17 @@ def test_a_source_is_no_longer_than_the_positions() -> None:
     assert len(generate(session, [[1, 2, 3, 4]], max_new_tokens=1)) == 1
     with pytest.raises(DataError, match="5 tokens, the model has 4 positions"):
         generate(session, [[1, 2, 3, 4, 5]], max_new_tokens=1)
+
+
+def test_a_model_of_no_folder_has_no_tokenizer_or_settings_of_the_working_directory(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert SpecialTokens.of(open_artifact(toy)).stop == {STOP}
+    monkeypatch.chdir(toy)
+    session = ProgramSession.of(program("token-norm"))
+    assert SpecialTokens.of(session).stop == set()
+    with pytest.raises(DataError, match="TokenNorm: comes from no folder, so it has no tokenizer"):
+        open_tokenizer(session.folder)
 
 
 def test_generation_ends_where_the_positions_do(toy: Path) -> None:
