@@ -9,7 +9,7 @@ from typing import Any
 from ..passes.progress import Progress, SilentProgress
 from .manifest import model_bytes
 from .peak import peak_memory
-from .session import Session
+from .session import Session, check_kinds
 from .workload import run_once
 
 REPEATS = 5
@@ -44,7 +44,11 @@ def bench(
         module was given; ``settings`` of the runtime; ``against``, the same of the other artifact;
         and ``ratio``, this one's figures divided by the other's: for times the median of the
         rounds' ratios.  The last two are None without ``against``.
+
+    Raises:
+        DataError: the two are of different kinds.
     """
+    check_kinds(session, against)
     both = [session] if against is None else [session, against]
     rounds: list[list[dict[str, float]]] = []
     with progress.task("timing", total=(repeats + 2) * len(both)) as advance:

@@ -17,7 +17,7 @@ from ..passes.progress import Progress, SilentProgress
 from ..passes.tokenizer import Tokenizer, open_tokenizer
 from .evaluation_data import item_chunks, read_arrays, read_pairs
 from .generate import SpecialTokens, encoder_feeds
-from .session import Array, Session, Tokens
+from .session import Array, Session, Tokens, check_kinds
 
 DECODER_CONTEXT = 2048
 ENCODER_CONTEXT = 256
@@ -60,11 +60,7 @@ def evaluate(
         DataError: the wrong kind of file, or one that holds too little; no reference where the
             figures are distances from one; an argument that says nothing to this kind of model.
     """
-    if against is not None and against.kind != session.kind:
-        raise DataError(
-            f"the artifact is of kind {session.kind}, the reference of kind {against.kind}",
-            remedy="compare with the model that the artifact was made from",
-        )
+    check_kinds(session, against)
     by_arrays = session.kind in ("vision", "module") or (data is not None and text is None)
     way = "arrays" if by_arrays else session.kind
     _refuse_unread(way, {"text": text, "data": data, "context": context, "tokens": tokens})

@@ -281,6 +281,19 @@ def backend_of(folder: Path, manifest: Mapping[str, Any]) -> type[Backend]:
     return class_called(name, kinds, Backend)
 
 
+def check_kinds(session: Session, against: Session | None) -> None:
+    """Check that two models can be compared.
+
+    Raises:
+        DataError: they are of different kinds.
+    """
+    if against is not None and against.kind != session.kind:
+        raise DataError(
+            f"the artifact is of kind {session.kind}, the reference of kind {against.kind}",
+            remedy="compare with the model that the artifact was made from, or another of its kind",
+        )
+
+
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     """Return a JSON object of the artifact; an empty one when there is no such file."""
     try:

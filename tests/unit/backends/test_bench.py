@@ -11,8 +11,11 @@ from modelathe.backends import bench as bench_module
 from modelathe.backends.bench import bench
 from modelathe.backends.manifest import model_bytes
 from modelathe.backends.peak import peak_memory
+from modelathe.backends.program_session import ProgramSession
 from modelathe.backends.session import open_artifact
 from modelathe.backends.workload import Sizes, run_once
+from modelathe.ir import DataError
+from support.models import program
 
 
 @pytest.fixture
@@ -57,6 +60,15 @@ def test_ratios_are_medians_of_the_rounds_and_the_two_take_turns(
     assert found["latency"] == 4.0
     assert found["against"]["latency"] == 8.0
     assert found["ratio"]["bytes"] == 1.0
+
+
+def test_models_of_different_kinds_are_refused_before_they_are_timed(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = ProgramSession.of(program("norm-linears"))
+    monkeypatch.setattr(bench_module, "run_once", lambda session: pytest.fail("timed"))
+    with pytest.raises(DataError, match="kind decoder, the reference of kind module"):
+        bench(open_artifact(toy), other, memory=False)
 
 
 def test_peak_memory_is_measured_in_a_process_of_its_own(toy: Path) -> None:
