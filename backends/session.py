@@ -189,13 +189,19 @@ class Session(ABC):
     def _check_tokens(self, tokens: Array) -> None:
         """Refuse ids that the model has no embedding for: a runtime would fail, or read elsewhere.
 
+        ONNX counts negative ones from the end.
+
         Raises:
             DataError: there is one.
         """
         size = self.vocab_size
-        if size is not None and tokens.size and int(tokens.max()) >= size:
+        if not tokens.size:
+            return
+        least, most = int(tokens.min()), int(tokens.max())
+        if least < 0 or (size is not None and most >= size):
+            known = "from 0" if size is None else f"from 0 and below {size}"
             raise DataError(
-                f"token id {int(tokens.max())}, and the model knows ids below {size}",
+                f"token id {least if least < 0 else most}, and the model knows ids {known}",
                 remedy="use ids made by this model's own tokenizer",
             )
 

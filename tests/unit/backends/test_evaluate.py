@@ -215,9 +215,10 @@ def test_arrays_of_other_sizes_or_dtypes_are_refused(array: Any, message: str) -
     assert error.value.remedy
 
 
-def test_an_id_without_an_embedding_is_refused(toy: Path) -> None:
-    with pytest.raises(DataError, match=f"id {VOCABULARY}, and .* ids below {VOCABULARY}"):
-        evaluate_tokens(open_artifact(toy), [1, VOCABULARY])
+@pytest.mark.parametrize("token", [-1, VOCABULARY])
+def test_an_id_without_an_embedding_is_refused(token: int, toy: Path) -> None:
+    with pytest.raises(DataError, match=f"id {token}, and .* ids from 0 and below {VOCABULARY}"):
+        evaluate_tokens(open_artifact(toy), [1, token])
 
 
 @pytest.mark.parametrize(
