@@ -32,12 +32,15 @@ _CONSTANTS = {
     "value_floats": ir.DataType.FLOAT,
 }
 
+# What changes no value: where and how a result lies, and a sum of sizes that is known anyway.
+_WITHOUT_VALUE = {"device", "layout", "pin_memory", "requires_grad", "output_size"}
+
 
 def translate(e: Emitter, node: fx.Node) -> Result:
     """Append the nodes of torchlib's translation of a call that it knows and return the results."""
     function = _function(node.target)
     args = [_argument(e, arg) for arg in node.args]
-    kwargs = _accepted(function, {key: _argument(e, arg) for key, arg in node.kwargs.items()})
+    kwargs = {key: _argument(e, arg) for key, arg in _accepted(function, node).items()}
     recorder = _Recorder(e.builder)
     try:
         with _recording(recorder):
@@ -68,9 +71,17 @@ def _function(target: Any) -> Any:
     return overloads[0] if overloads else None
 
 
-def _accepted(function: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what torchlib does not ask for (device, layout, pin_memory)."""
-    return {key: value for key, value in kwargs.items() if key in function.op_signature}
+def _accepted(function: Any, node: fx.Node) -> dict[str, Any]:
+    """Return the keywords that torchlib asks for.
+
+    Raises:
+        LoweringError: it does not ask for one that the values may depend on.
+    """
+    known = {key: value for key, value in node.kwargs.items() if key in function.op_signature}
+    for key, value in node.kwargs.items():
+        if key not in known and key not in _WITHOUT_VALUE and value is not None:
+            raise LoweringError(f"%{node.name}: {node.target} has no translation with {key}=")
+    return known
 
 
 def _argument(e: Emitter, argument: Any) -> Any:

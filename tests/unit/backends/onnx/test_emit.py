@@ -137,6 +137,23 @@ def test_a_call_without_a_translation_is_named() -> None:
         emitted(made)
 
 
+def test_a_keyword_that_a_translation_would_ignore_is_named() -> None:
+    made = program("norm-mlp").editable()
+    (output,) = made.graph.find_nodes(op="output")
+    (last,) = output.args[0]
+    with made.graph.inserting_before(output):
+        call = torch.ops.aten.bernoulli.p
+        odd = made.graph.call_function(call, (last, 0.5), {"generator": 3})
+        odd.meta["val"] = last.meta["val"]
+    output.args = ((odd,),)
+    with pytest.raises(
+        LoweringError, match=r"%bernoulli\w*: .* has no translation with generator="
+    ):
+        emitted(made)
+    odd.kwargs = {"generator": None}
+    assert operators(emitted(made))["RandomUniformLike"]
+
+
 def test_an_output_that_is_an_input_or_a_weight_or_given_twice_has_its_own_name() -> None:
     graph = fx.Graph()
     x, w = graph.placeholder("x"), graph.get_attr("w")
