@@ -14,7 +14,14 @@ from ..passes import Budget, PassContext, to_spec
 from ..passes.progress import Progress, SilentProgress
 from .companions import companion_names
 from .curves import draw_curves
-from .manifest import model_bytes, program_signatures, read_manifest, sha256, write_manifest
+from .manifest import (
+    file_names,
+    file_table,
+    model_bytes,
+    program_signatures,
+    read_manifest,
+    write_manifest,
+)
 from .output import check_free, writing
 from .session import Session
 from .sizes import program_sizes
@@ -172,8 +179,11 @@ class Artifact:
         context = self.context or PassContext()
         draw_curves(self.source.origin.record.get("steps", ()), folder)
         notes = self.backend.write(self.program, folder, context)
-        fields = {**self._fields(), **notes, **record}
-        manifest = write_manifest(folder, fields)
+        files = file_table(folder, file_names(folder), context.progress)
+        fields = {**self._fields(context.progress), **notes, **record}
+        fields["sizes"] = {**fields["sizes"], "artifact_bytes": model_bytes({"files": files})}
+        # Opening the artifact, to check it, takes a manifest.
+        manifest = write_manifest(folder, fields, files)
         if not self.check:
             return manifest
         fields["lowering"] = self.backend.check(self.source, self.program, folder, context)
@@ -182,10 +192,9 @@ class Artifact:
         fields["fidelity"] = measured.known()
         fields["data"] = {**fields.get("data", {}), **data}
         self.budget.judge(measured, f"the {self.backend.name} artifact")
-        fields["sizes"] = {**fields["sizes"], "artifact_bytes": model_bytes(manifest)}
-        return write_manifest(folder, fields)
+        return write_manifest(folder, fields, files)
 
-    def _fields(self) -> dict[str, Any]:
+    def _fields(self, progress: Progress) -> dict[str, Any]:
         from importlib.metadata import version
 
         origin = self.source.origin
@@ -196,7 +205,7 @@ class Artifact:
             "kind": origin.kind,
             "model": origin.model,
             "notes": list(origin.notes),
-            "source": source_files(origin.captured_from) or {"weights": origin.source},
+            "source": source_files(origin.captured_from, progress) or {"weights": origin.source},
             "pipeline": ",".join(origin.passes),
             **{name: value for name, value in origin.record.items() if name != "captured"},
             "signatures": program_signatures(self.program),
@@ -210,9 +219,10 @@ class Artifact:
         }
 
 
-def source_files(folder: Path | str | None) -> dict[str, str]:
+def source_files(folder: Path | str | None, progress: Progress) -> dict[str, str]:
     """Return name and SHA-256 of the weight files that a program was captured from, if any."""
     if not isinstance(folder, Path) or not folder.is_dir():
         return {}
-    names = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
-    return {path.name: sha256(path) for path in names}
+    paths = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
+    table = file_table(folder, [path.name for path in paths], progress)
+    return {name: entry["sha256"] for name, entry in table.items()}

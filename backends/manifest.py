@@ -11,11 +11,12 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import StorageError
+from ..passes.progress import Advance, Progress, SilentProgress
 
 if TYPE_CHECKING:
     from ..ir import Program
@@ -24,6 +25,7 @@ MANIFEST = "manifest.json"
 FORMAT = "modelathe-artifact"
 FORMAT_VERSION = 1
 _CHUNK = 1 << 20
+_SILENT = SilentProgress()
 _MODEL_FILES = (".onnx", ".data", ".safetensors", "program.json")
 
 
@@ -59,14 +61,21 @@ def is_artifact(folder: Path) -> bool:
     return isinstance(manifest, dict) and manifest.get("format") == FORMAT
 
 
-def write_manifest(folder: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Hash every file below ``folder``, write the manifest, and return it.
+def write_manifest(
+    folder: Path, fields: Mapping[str, Any], files: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write the manifest of a folder whose other files are complete, and return it.
 
-    Call it when all other files are complete.  ``format``, ``format_version`` and ``files`` are set
-    here; ``fields`` is the rest.  A figure that is nan or infinite is null.
+    A figure that is nan or infinite is null.
+
+    Args:
+        folder: where the files are.
+        fields: everything but ``format``, ``format_version`` and ``files``, which are set here.
+        files: their ``file_table``, if it was made already.
     """
     head = {"format": FORMAT, "format_version": FORMAT_VERSION}
-    manifest = json_numbers({**head, **fields, "files": file_table(folder)})
+    files = file_table(folder, file_names(folder)) if files is None else files
+    manifest = json_numbers({**head, **fields, "files": files})
     text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     partial = folder / f"{MANIFEST}.partial"
     with partial.open("w", encoding="utf-8") as stream:
@@ -86,21 +95,24 @@ def json_numbers(value: Any) -> Any:
     return [json_numbers(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-def file_table(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return bytes and SHA-256 of each file below ``folder``, manifest left out, by name."""
-    names = sorted(_names(folder))
-    return {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
-        for name in names
-    }
+def file_table(
+    folder: Path, names: Iterable[str], progress: Progress = _SILENT
+) -> dict[str, dict[str, Any]]:
+    """Return bytes and SHA-256 of files in ``folder`` by name; every byte is read."""
+    sizes = {name: (folder / name).stat().st_size for name in names}
+    with progress.task("hashing files", total=sum(sizes.values())) as advance:
+        return {
+            name: {"bytes": size, "sha256": _sha256(folder / name, advance)}
+            for name, size in sizes.items()
+        }
 
 
-def sha256(path: Path) -> str:
-    """Return the hexadecimal SHA-256 of a file's bytes."""
+def _sha256(path: Path, advance: Advance) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while chunk := stream.read(_CHUNK):
             digest.update(chunk)
+            advance(len(chunk))
     return digest.hexdigest()
 
 
@@ -166,11 +178,10 @@ def _check_format(path: Path, manifest: Any) -> None:
         raise StorageError(f"{path}: lacks {', '.join(missing)}", remedy="make the artifact again")
 
 
-def _names(folder: Path) -> Iterator[str]:
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in (MANIFEST, f"{MANIFEST}.partial"):
-            yield name
+def file_names(folder: Path) -> list[str]:
+    """Return the names of all files below ``folder``, manifest left out."""
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in names if name not in (MANIFEST, f"{MANIFEST}.partial"))
 
 
 def program_signatures(program: Program) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from modelathe.backends import Eager
+from modelathe.backends import manifest as manifest_module
 from modelathe.backends.manifest import (
     check_files,
     contained,
@@ -19,7 +20,9 @@ from modelathe.backends.manifest import (
 )
 from modelathe.ir import StorageError
 from modelathe.passes import PassContext, Pipeline, TokenWindows
+from modelathe.passes.progress import Advance
 from support.artifacts import manifest_fields
+from support.listener import Listener
 from support.models import program
 
 
@@ -41,6 +44,27 @@ def test_writing_again_lists_what_is_there_now(tmp_path: Path) -> None:
     write_manifest(tmp_path, manifest_fields())
     (tmp_path / "a").rename(tmp_path / "b")
     assert set(write_manifest(tmp_path, manifest_fields())["files"]) == {"b"}
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_files_are_hashed_once_and_visibly(
+    check: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, hashed = manifest_module._sha256, list[str]()
+
+    def noted(path: Path, advance: Advance) -> str:
+        hashed.append(path.name)
+        return right(path, advance)
+
+    monkeypatch.setattr(manifest_module, "_sha256", noted)
+    listener = Listener()
+    context = PassContext(progress=listener)
+    lowered = Eager().lower(program("norm-mlp"), check=check, context=context)
+    made = lowered.save(tmp_path / "out")
+    assert sorted(hashed) == ["program.json", "weights.safetensors"]
+    assert listener.tasks["hashing files"] == 0
+    assert made["sizes"]["artifact_bytes"] == sum(e["bytes"] for e in made["files"].values())
+    check_files(tmp_path / "out", made)
 
 
 @pytest.mark.parametrize(
