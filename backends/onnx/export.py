@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ...ir import LoweringError, Program
+from ...ir import Program
 from ...passes import Canonicalize, ConvertDtype, PassContext, Remark
 from ...passes.progress import Progress
 from ..base import Backend
 from ..companions import write_companions
-from ..session import Session
+from ..session import Session, read_config
 from .session import OnnxSession, file_name
 
 if TYPE_CHECKING:
@@ -131,7 +131,8 @@ class Onnx(Backend):
         obstacle = genai_obstacle(program.signature, program.config)
         if obstacle:
             return (Remark("missed", GENAI_CONFIG, f"not for onnxruntime-genai: {obstacle}"),)
-        settings = genai_config(program.signature, program.config, _generation(folder))
+        generation = read_config(folder, "generation_config.json")
+        settings = genai_config(program.signature, program.config, generation)
         text = json.dumps(settings, indent=2) + "\n"
         (folder / GENAI_CONFIG).write_text(text, encoding="utf-8")
         return ()
@@ -159,13 +160,3 @@ def _metadata(program: Program) -> dict[str, str]:
         "model": program.origin.model,
         "pipeline": ",".join(program.origin.passes),
     }
-
-
-def _generation(folder: Path) -> Mapping[str, Any]:
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise LoweringError(f"{path.name}: is not JSON ({error})") from error

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...ir.cache import entry_parts
-from ...ir.config import vocab_size, with_text_part
+from ...ir.config import max_length, vocab_size, with_text_part
 from ...ir.program import Signature
 
 GENAI_CONFIG = "genai_config.json"
 _KEY, _VALUE = "past_key_values.%d.key", "past_key_values.%d.value"
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
-_LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+_UNLIMITED = 2048  # tokens, for a model whose configuration names no limit; one must be given
 
 
 def genai_obstacle(signature: Signature, config: Mapping[str, Any]) -> str:
@@ -47,11 +47,11 @@ def genai_config(
         generation: its generation settings, which win over ``config``.
         filename: the ONNX file, relative to the configuration.
     """
+    longest = max_length(config) or _UNLIMITED
     config = dict(ChainMap(*map(dict, with_text_part(config))))
     both = {**config, **{key: value for key, value in generation.items() if value is not None}}
     entries = _cache(signature)
     _, heads, _, width = entries[0]
-    longest = next((n for key in _LENGTHS if (n := _number(config, key))), 2048)
     query_heads = _number(config, "num_attention_heads") or _number(config, "n_head") or heads
     hidden = _number(config, "hidden_size") or _number(config, "n_embd")
     decoder = {

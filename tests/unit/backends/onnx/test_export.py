@@ -148,6 +148,22 @@ def test_genai_is_told_heads_blocks_and_ends() -> None:
     assert settings["search"]["past_present_share_buffer"] is False
 
 
+@pytest.mark.parametrize(
+    ("config", "longest"),
+    [
+        ({"max_seq_len": 64}, 64),
+        ({"max_position_embeddings": 64, "n_positions": 16}, 16),
+        ({}, 2048),
+    ],
+)
+def test_genai_is_told_as_many_positions_as_the_model_has(
+    config: dict[str, int], longest: int
+) -> None:
+    made = canonical("llama")
+    settings = genai_config(made.signature, {"vocab_size": 40, **config}, {})
+    assert settings["model"]["context_length"] == settings["search"]["max_length"] == longest
+
+
 def test_genai_takes_no_decoder_without_a_cache() -> None:
     made = canonical("tied-blocks")
     assert "no cache" in genai_obstacle(made.signature, made.config)
