@@ -18,9 +18,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from .computed import ComputedWeight
 from .errors import CaptureError, StorageError
 from .files import SafetensorsFile
-from .weights import TensorWeight, Weight, is_finite, not_finite
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+from .weights import DTYPES, TensorWeight, Weight, is_finite, not_finite
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -115,6 +115,13 @@ class ComputedWeight(Weight):
             return self._kept.load(dtype)
 
 
+def cast(weight: Weight, dtype: torch.dtype) -> Weight:
+    """Return ``weight`` in ``dtype``, converted when it is loaded; itself where it has that."""
+    if weight.dtype == dtype:
+        return weight
+    return ComputedWeight(f"cast {dtype}", (weight,), weight.shape, dtype, lambda t: t)
+
+
 def _wider(dtype: torch.dtype, least: torch.dtype | None) -> torch.dtype | None:
     """Return ``least`` where a floating-point ``dtype`` is narrower, else None."""
     narrow = dtype.is_floating_point and least is not None and dtype.itemsize < least.itemsize

@@ -46,12 +46,12 @@ class SafetensorsFile:
         """Return shape and dtype of ``key`` from the header."""
         view = self._file.get_slice(key)
         name = view.get_dtype()
-        if name not in _SAFETENSORS_DTYPES:
+        if name not in SAFETENSORS_DTYPES:
             raise StorageError(
                 f"{self.path}: {key}: dtype {name} is not supported",
                 remedy="convert the checkpoint to float32, float16 or bfloat16",
             )
-        return tuple(view.get_shape()), _SAFETENSORS_DTYPES[name]
+        return tuple(view.get_shape()), SAFETENSORS_DTYPES[name]
 
     def load(self, key: str) -> Tensor:
         """Return ``key`` as a view of the mapped file, or a copy where that is not aligned.
@@ -67,7 +67,7 @@ class SafetensorsFile:
         return {key: FileWeight(self, key) for key in self.keys}
 
 
-_SAFETENSORS_DTYPES = {
+SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,

@@ -10,7 +10,6 @@ none, and the ``bits`` and ``group_size`` of its type; it is symmetric without z
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -270,9 +269,3 @@ torch.library.register_fake(_ROTARY, _rotary_shape)
 torch.library.register_autograd(_LINEAR, _linear_backward, setup_context=_linear_context)
 torch.library.register_autograd(_EMBEDDING, _embedding_backward, setup_context=_embedding_context)
 torch.library.register_autograd(_ROTARY, _rotary_backward, setup_context=_rotary_context)
-
-OPERATORS: Sequence[torch._ops.OpOverload] = (
-    torch.ops.modelathe.quantized_linear.default,
-    torch.ops.modelathe.quantized_embedding.default,
-    torch.ops.modelathe.rotary.default,
-)

@@ -14,12 +14,11 @@ from .computed import ComputedWeight
 from .errors import PassError
 from .infer import fake_mode, fake_weight, infer_call, is_inferred, note_inferred
 from .program import Program
-from .weights import Weight, Weights
+from .weights import DTYPES, Weight, Weights
 
 Keep = Literal["norms", "softmax"]
 aten = torch.ops.aten
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _NARROW = (torch.float16, torch.bfloat16)
 _NORMS = (
     aten.native_layer_norm.default,

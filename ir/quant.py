@@ -311,7 +311,7 @@ def wider(dtype: torch.dtype) -> torch.dtype:
 def _words(bits: int, device: torch.device) -> tuple[int, int, Tensor]:
     """Codes per word, bytes per word, and each code's shift in the word's dtype.
 
-    Widths that divide a byte use single bytes; 3 bits use 8 codes, 3 bytes of an int32.
+    Widths that divide a byte use single bytes; 3 bits use 8 codes, 3 bytes of an int64.
     """
     if 8 % bits == 0:
         return 8 // bits, 1, torch.arange(0, 8, bits, dtype=torch.uint8, device=device)

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from .errors import CaptureError, StorageError
-from .files import ALIGNMENT, FileWeight, SafetensorsFile
+from .files import ALIGNMENT, SAFETENSORS_DTYPES, FileWeight, SafetensorsFile
 from .infer import Sizes, infer_graph, size_hints
 from .program import Origin, Program, Signature
 from .watch import Report, Watch
@@ -49,18 +49,7 @@ _KINDS: dict[str, type] = {
     "layout": torch.layout,
     "memory_format": torch.memory_format,
 }
-_SAFETENSORS_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+_SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 def is_program_folder(folder: Path) -> bool:

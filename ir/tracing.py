@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim, ExportedProgram
 
 from .blocks import stamp
-from .computed import ComputedWeight
+from .computed import cast
 from .config import has_one_layer, with_length
 from .errors import CaptureError, ModelatheError
 from .infer import Sizes, infer_graph
@@ -299,11 +299,4 @@ def _add_weight(
             raise CaptureError(f"{name}: has no value in the model's files")
         checked = f"{program.origin.model}: {name}" if isinstance(tensor, nn.Parameter) else ""
         return program.add_weight(name, TensorWeight(tensor, finite=checked))
-    if weight.dtype != tensor.dtype:
-        weight = cast(weight, tensor.dtype)
-    return program.add_weight(name, weight)
-
-
-def cast(weight: Weight, dtype: torch.dtype) -> Weight:
-    """Return ``weight`` in another dtype, converted when it is loaded."""
-    return ComputedWeight(f"cast {dtype}", (weight,), weight.shape, dtype, lambda t: t)
+    return program.add_weight(name, cast(weight, tensor.dtype))

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from .errors import StorageError
 
+# By the names that configurations and options have for them: what models are stored and run in.
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
 
 class Weight(ABC):
     """One tensor of a program.

@@ -6,10 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ...ir import (
-    ComputedWeight,
     LoweringError,
     Program,
     QuantizedEmbedding,
@@ -20,6 +17,7 @@ from ...ir import (
 from ...ir.activations import RoundedActivations
 from ...ir.cache import CachedCodes
 from ...ir.checkpoint import fake_model, read_config, stored_tensors
+from ...ir.computed import cast
 from ...ir.mapping import map_weights, tied_names
 from ...passes import Canonicalize
 from .align import Alignment, align, first
@@ -183,7 +181,7 @@ def _unread(program: Program, fit: _Fit) -> dict[str, Weight]:
                 f"{name}: no call reads it, so the program does not hold its value",
                 remedy="run the pipeline on the model's folder, where the value is",
             )
-        values[name] = _cast(weight, state[name].dtype)
+        values[name] = cast(weight, state[name].dtype)
     return values
 
 
@@ -203,9 +201,3 @@ def _before(name: str, blocks: dict[str, str]) -> str:
         if name.startswith(f"{new}."):
             return f"{old}{name.removeprefix(new)}"
     return name
-
-
-def _cast(weight: Weight, dtype: torch.dtype) -> Weight:
-    if weight.dtype == dtype:
-        return weight
-    return ComputedWeight(f"cast {dtype}", (weight,), weight.shape, dtype, lambda t: t, keep=False)

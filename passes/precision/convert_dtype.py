@@ -19,13 +19,12 @@ from ...ir import (
     main_dtype,
     stored_bytes,
 )
+from ...ir.weights import DTYPES
 from ..base import Fidelity, Pass, PassResult, Remark
 from ..blame import first_wrong_node, place_of
 from ..context import PassContext
 from ..fidelity import EXACT, relative_error
 from ..probes import Inputs, dtype_of, probes
-
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,15 +62,15 @@ class ConvertDtype(Pass):
     keep: tuple[Literal["norms", "softmax"], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.to not in _DTYPES:
-            raise ValueError(f"to is one of {', '.join(_DTYPES)}, got {self.to!r}")
+        if self.to not in DTYPES:
+            raise ValueError(f"to is one of {', '.join(DTYPES)}, got {self.to!r}")
         for kind in self.keep:
             if kind not in ("norms", "softmax"):
                 raise ValueError(f"keep takes norms and softmax, got {kind!r}")
 
     @property
     def _dtype(self) -> torch.dtype:
-        return _DTYPES[self.to]
+        return DTYPES[self.to]
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         source = main_dtype(program)

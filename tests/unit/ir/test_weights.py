@@ -19,6 +19,7 @@ from modelathe.ir import (
     content_hash,
 )
 from modelathe.ir import files as files_module
+from modelathe.ir.computed import cast
 
 
 def seeded(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -162,6 +163,12 @@ def test_a_rounded_weight_stays_rounded_in_a_wide_load() -> None:
         "scale", (TensorWeight(seeded(3)),), (3,), torch.float32, lambda t: t / 3, rounded=True
     )
     assert torch.equal(weight.load(torch.float64), weight.load().double())
+
+
+def test_a_cast_to_the_dtype_that_a_weight_has_is_that_weight() -> None:
+    weight = TensorWeight(seeded(3))
+    assert cast(weight, torch.float32) is weight
+    assert torch.equal(cast(weight, torch.bfloat16).load(), seeded(3).bfloat16())
 
 
 def test_the_rule_and_the_inputs_are_the_fingerprint() -> None:
