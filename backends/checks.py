@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..ir import DataError, FidelityError, LoweringError, ModelatheError, Program
+from ..ir import DataError, FidelityError, LoweringError, ModelatheError, Program, main_dtype
 from ..ir.infer import size_hints
 from ..passes import PassContext
 from ..passes.context import maximum_length
@@ -29,14 +29,8 @@ _TRIED = ((3, 4, 7), (1, 1, 4), (2, 6, 0), (1, 1, 0), (1, 7, 0))  # (batch, sequ
 
 
 def compute_dtype(program: Program) -> str:
-    """Return the dtype that most weights of a program have, quantised ones left out."""
-    counts: dict[str, int] = {}
-    for name in program.weights:
-        weight = program.weights[name]
-        if weight.dtype.is_floating_point:
-            dtype = str(weight.dtype).removeprefix("torch.")
-            counts[dtype] = counts.get(dtype, 0) + weight.bytes
-    return max(counts, key=lambda name: counts[name], default="float32")
+    """Return the name of ``main_dtype``: what most numbers in the weights are."""
+    return str(main_dtype(program)).removeprefix("torch.")
 
 
 def check_lowering(

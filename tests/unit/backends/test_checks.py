@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modelathe.backends import Eager, Onnx
-from modelathe.backends.checks import check_lowering
+from modelathe.backends.checks import check_lowering, compute_dtype
 from modelathe.backends.program_session import ProgramSession
 from modelathe.backends.session import Cache
 from modelathe.ir import FidelityError, LoweringError, StorageError, capture
@@ -86,6 +86,21 @@ def test_steps_with_a_cache_are_checked(
 class Log(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.log(-x.abs() - 1)
+
+
+def test_a_program_computes_in_the_dtype_of_most_numbers_not_of_most_bytes() -> None:
+    wide, narrow = nn.Linear(3, 1, bias=False), nn.Linear(1, 4, bias=False).half()
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.narrow = wide, narrow
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.narrow(self.wide(x).half())
+
+    found = capture(Both().eval(), (torch.ones(2, 3),))
+    assert compute_dtype(found) == "float16"
 
 
 def test_figures_that_are_no_numbers_are_an_error(tmp_path: Path) -> None:
