@@ -10,10 +10,11 @@ import torch
 
 from modelathe.ir import Norm, Program, TensorWeight, call_name
 from modelathe.passes import PassResult, RemoveNorms
-from modelathe.passes.analysis.norm_deviations import norm_deviations
+from modelathe.passes.analysis.norm_deviations import Deviation, norm_deviations
 from modelathe.passes.consistency import judge_consistency
 from modelathe.passes.norms import remove_norms
 from modelathe.passes.norms.freezing import Constant
+from modelathe.passes.norms.norm_switch import NormSwitch
 from modelathe.passes.norms.remove_norms import frozen
 from modelathe.passes.probes import empty_cache, feeds
 from support.models import canonical
@@ -95,6 +96,18 @@ def test_end_of_text_is_special_on_the_way_to_values_alone(end: Any) -> None:
     ]
     assert not torch.equal(outs[0][:, 3:], outs[1][:, 3:])
     assert worst_error({"y": outs[0][:, :3]}, {"y": outs[1][:, :3]}) < 1e-5
+
+
+def test_a_norm_in_training_knows_every_end_of_text() -> None:
+    norm = next(norm for node in canonical("gpt2").graph.nodes if (norm := Norm.match(node)))
+    switch = NormSwitch(norm, "value", Deviation(4.0, 8.0), ends=True, end=(9, 2))
+    switch.tokens = torch.tensor([[5, 9, 3, 2]])
+    x = torch.tensor([1.0, -1.0]) * torch.tensor([[[1.0], [20.0], [3.0], [40.0]]])
+    switch(x, [2])  # live: the running mean takes in the third token alone
+    assert float(switch.usual) == pytest.approx(0.9 * 4 + 0.1 * 3, rel=1e-4)
+    switch.frozen.fill_(True)
+    divisors = (x / switch(x, [2]))[0, :, 0]
+    assert divisors.isclose(switch.special.float()).tolist() == [True, True, False, True]
 
 
 def test_first_tokens_are_not_special_where_a_cache_hides_which_they_are() -> None:
