@@ -86,9 +86,11 @@ class Backend(ABC):
         """
         return companion_names(program)
 
-    @abstractmethod
     def computes_in(self, program: Program) -> str:
-        """Return the dtype that the artifact computes in."""
+        """Return the dtype that the artifact computes in: that of most weights."""
+        from .checks import compute_dtype
+
+        return compute_dtype(program)
 
     @classmethod
     @abstractmethod

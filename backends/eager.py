@@ -32,11 +32,6 @@ class Eager(Backend):
     def file_names(self, program: Program) -> list[str]:
         return [PROGRAM_FILE, WEIGHTS_FILE, *super().file_names(program)]
 
-    def computes_in(self, program: Program) -> str:
-        from .checks import compute_dtype
-
-        return compute_dtype(program)
-
     @classmethod
     def open(
         cls, folder: Path, manifest: Mapping[str, Any], *, threads: int, progress: Progress

@@ -16,7 +16,7 @@ from ..passes.metrics import CosineTally, TokenTally, mean_pool
 from ..passes.progress import Progress, SilentProgress
 from ..passes.tokenizer import Tokenizer, open_tokenizer
 from .evaluation_data import item_chunks, read_arrays, read_pairs
-from .generate import SpecialTokens, encoder_feeds
+from .generate import encoder_feeds, first_token
 from .session import Array, Session, Tokens, check_kinds
 
 DECODER_CONTEXT = 2048
@@ -243,16 +243,9 @@ def _next_token_logits(session: Session, ids: Tokens) -> Array:
 
 def _forced_logits(session: Session, source: Sequence[int], target: Sequence[int]) -> Array:
     """Return ``[n, vocab]``: what an encoder-decoder gives for each token of ``target [n]``."""
-    special = SpecialTokens.of(session)
-    start = special.begin if special.decoder_start is None else special.decoder_start
-    if start is None:
-        raise DataError(
-            f"{session.name}: its configuration names no decoder_start_token_id",
-            remedy="add it to generation_config.json",
-        )
     tokens = np.asarray([source], dtype=np.int64)
     cache = session.encode(encoder_feeds(session, tokens, np.ones_like(tokens)))
-    given = np.asarray([[start, *target[:-1]]], dtype=np.int64)
+    given = np.asarray([[first_token(session), *target[:-1]]], dtype=np.int64)
     logits, _ = session.decode(given, np.ones_like(given), cache)
     rows: Array = logits[0]
     return rows

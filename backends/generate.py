@@ -43,12 +43,12 @@ GREEDY = Sampling()
 
 @dataclass(frozen=True, slots=True)
 class SpecialTokens:
-    """The ids that begin, end and fill a text."""
+    """The ids that begin, end and fill a text; one behind an encoder begins with ``start``."""
 
     stop: frozenset[int]
     padding: int
     begin: int | None
-    decoder_start: int | None
+    start: int | None
     forced_first: int | None
 
     @classmethod
@@ -62,12 +62,13 @@ class SpecialTokens:
 
         stop = value("eos_token_id")
         ends = frozenset(stop if isinstance(stop, list) else [] if stop is None else [stop])
-        padding = value("pad_token_id")
+        padding, begin = value("pad_token_id"), value("bos_token_id")
+        start = value("decoder_start_token_id")
         return cls(
             ends,
             padding if isinstance(padding, int) and padding >= 0 else min(ends, default=0),
-            value("bos_token_id"),
-            value("decoder_start_token_id"),
+            begin,
+            begin if start is None else start,
             value("forced_bos_token_id"),
         )
 
@@ -167,7 +168,7 @@ def _begin(
     session: Session, prompts: Sequence[Sequence[int]], special: SpecialTokens
 ) -> tuple[Tokens, Tokens, Cache | None]:
     """Return the first tokens, their mask and cache of a decoder."""
-    plan = session.plan  # refuses what cannot generate, before anything else is said
+    _ = session.plan  # refuses what cannot generate, before anything else is said
     if session.kind == "decoder":
         begin = [] if special.begin is None else [special.begin]
         return *pad([list(prompt) or begin for prompt in prompts], special.padding), None
@@ -175,14 +176,23 @@ def _begin(
     if session.max_length is not None and tokens.shape[1] > session.max_length:
         raise _too_long(tokens, session.max_length)
     cache = session.encode(encoder_feeds(session, tokens, mask))
-    start = special.begin if special.decoder_start is None else special.decoder_start
+    first = np.full((len(prompts), 1), first_token(session), dtype=np.int64)
+    return first, np.ones_like(first), cache
+
+
+def first_token(session: Session) -> int:
+    """Return the id that the decoder of an encoder-decoder begins with.
+
+    Raises:
+        DataError: the configuration names none.
+    """
+    start = SpecialTokens.of(session).start
     if start is None:
         raise DataError(
             f"{session.name}: its configuration names no decoder_start_token_id",
-            remedy=f"add it to generation_config.json; the decoder reads {plan.tokens}",
+            remedy="add it to generation_config.json",
         )
-    first = np.full((len(prompts), 1), start, dtype=np.int64)
-    return first, np.ones_like(first), cache
+    return start
 
 
 def _too_long(tokens: Tokens, limit: int | None) -> DataError:

@@ -55,7 +55,7 @@ def run_once(session: Session) -> dict[str, float]:
     if session.kind == "encoder-decoder":
         feeds = {spec.name: _feed(session, spec, {}) for spec in session.graphs["encoder"].inputs}
         cache, length = session.encode(feeds), 1
-        tokens = np.full((1, 1), SpecialTokens.of(session).decoder_start or 0, dtype=np.int64)
+        tokens = np.full((1, 1), SpecialTokens.of(session).start or 0, dtype=np.int64)
     logits, cache = session.decode(tokens, np.ones((1, length), dtype=np.int64), cache)
     prefilled = time.perf_counter()
     for step in range(sizes.new):
@@ -98,6 +98,3 @@ def _extent(session: Session, dim: int | str, axis: int) -> int:
     if dim == "batch" or (axis == 0 and dim not in _LENGTHS):
         return 1
     return Sizes.of(session).prompt if dim in _LENGTHS else _OTHER_SIZE
-
-
-Figures = Mapping[str, float]

@@ -72,11 +72,6 @@ class Checkpoint(Backend):
 
         return [SINGLE, *super().file_names(program)]
 
-    def computes_in(self, program: Program) -> str:
-        from ..checks import compute_dtype
-
-        return compute_dtype(program)
-
     @classmethod
     def open(
         cls, folder: Path, manifest: Mapping[str, Any], *, threads: int, progress: Progress

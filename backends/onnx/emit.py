@@ -20,7 +20,6 @@ from .products import readers_are_linears
 from .quantized import EMBEDDING
 from .sizes import Sizes, UnknownSizeError, expression
 
-OPSETS = range(18, 24)
 IR_VERSION = 10
 _SMALL = 4096  # numbers; a larger constant is made when the model runs
 

@@ -70,11 +70,6 @@ class Onnx(Backend):
         chosen = any(text.partition("{")[0] == ConvertDtype.name for text in passes)
         return self.dtype or (None if chosen else "float32")
 
-    def computes_in(self, program: Program) -> str:
-        from ..checks import compute_dtype
-
-        return compute_dtype(program)
-
     def write(self, program: Program, folder: Path, context: PassContext) -> dict[str, Any]:
         """Write graphs, weights, configuration and tokenizer into an empty folder.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modelathe.backends.generate import Sampling, SpecialTokens, choose, generate, pad
+from modelathe.backends.generate import Sampling, SpecialTokens, choose, first_token, generate, pad
 from modelathe.backends.program_session import ProgramSession
 from modelathe.backends.session import open_artifact
 from modelathe.ir import DataError
@@ -38,6 +38,20 @@ def test_a_batch_gives_what_each_prompt_gives_alone(toy: Path) -> None:
     prompts = [[1, 2, 3], [5], [0, 9, 4, 4]]
     together = generate(session, prompts, max_new_tokens=6)
     assert together == [generate(session, [p], max_new_tokens=6)[0] for p in prompts]
+
+
+@pytest.mark.parametrize(
+    ("config", "first"),
+    [({"bos_token_id": 3}, 3), ({"bos_token_id": 3, "decoder_start_token_id": 0}, 0)],
+)
+def test_a_decoder_behind_an_encoder_begins_as_its_configuration_says(
+    config: dict[str, int], first: int, toy: Path
+) -> None:
+    session = open_artifact(toy)
+    with pytest.raises(DataError, match="names no decoder_start_token_id"):
+        first_token(session)
+    session.config = config
+    assert first_token(session) == first
 
 
 def test_a_source_is_no_longer_than_the_positions() -> None:

@@ -35,9 +35,6 @@ class Boxed(Backend):
         save_program(program, folder / self.box)
         return {"box": self.box}
 
-    def computes_in(self, program: Program) -> str:
-        return "float32"
-
     @classmethod
     def open(
         cls, folder: Path, manifest: Mapping[str, Any], *, threads: int, progress: Progress
