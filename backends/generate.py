@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..ir.config import end_tokens
 from ..ir.errors import DataError
 from .session import Array, Cache, Session, Tokens
 
@@ -60,8 +61,7 @@ class SpecialTokens:
             found = generation.get(key)
             return session.config.get(key) if found is None else found
 
-        stop = value("eos_token_id")
-        ends = frozenset(stop if isinstance(stop, list) else [] if stop is None else [stop])
+        ends = frozenset(end_tokens(generation) or end_tokens(session.config))
         padding, begin = value("pad_token_id"), value("bos_token_id")
         start = value("decoder_start_token_id")
         return cls(
