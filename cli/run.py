@@ -152,7 +152,6 @@ def command(
     _check_together(out, dry_run, resume, asked if no_check else [])
     screen = Screen(as_json=as_json)
     with screen.quiet_libraries(debug=debug):
-        from ..backends.companions import companion_names
         from ..backends.output import (
             SCRATCH_FOLDER,
             check_free,
@@ -196,7 +195,7 @@ def command(
             planned = plan(program, passes, backend, None if out is None else str(out))
             return screen.emit(planned) if as_json else show_plan(screen, planned)
         assert out is not None
-        check_free(out, companion_names(program))
+        check_free(out, backend.file_names(program))
         settings = {
             "model": model,
             "pipeline": str(passes),

@@ -49,15 +49,18 @@ def test_an_existing_folder_is_replaced_only_with_force(
     assert (out / "manifest.json").read_bytes() != before
 
 
-def test_a_file_in_the_way_is_found_before_the_work(llama: Path, cli: Cli, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["tokenizer.json", "model.onnx", "manifest.json"])
+def test_a_file_in_the_way_is_found_before_the_work(
+    llama: Path, cli: Cli, tmp_path: Path, name: str
+) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "tokenizer.json").write_text("mine")
+    (tmp_path / "out" / name).write_text("mine")
     done = cli(
         "run", llama, "-p", "quantize-weights{group-size=48}", "-o", tmp_path / "out", "--force"
     )
     done.assert_refused()
-    assert "tokenizer.json: is not a file that modelathe wrote" in done.err
-    assert (tmp_path / "out" / "tokenizer.json").read_text() == "mine"
+    assert f"{name}: is not a file that modelathe wrote" in done.err
+    assert (tmp_path / "out" / name).read_text() == "mine"
 
 
 @pytest.mark.parametrize(
