@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -128,6 +129,18 @@ def quiet_torch() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keep the garbage collector from walking again and again through all that a trace builds."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def _exported(
     module: nn.Module,
     args: tuple[Any, ...],
@@ -143,7 +156,7 @@ def _exported(
     some calls write in place.
     """
     try:
-        with torch.no_grad(), quiet_torch():
+        with torch.no_grad(), quiet_torch(), _uncollected():
             with watch.tracing(share * TRACE, module):
                 exported: ExportedProgram = torch.export.export(
                     module, args, named, dynamic_shapes=dynamic, strict=False
