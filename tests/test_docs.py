@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import re
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from modelathe.backends import Onnx
+from modelathe.demo import MODEL_FOLDER
 from modelathe.ir import capture
 from modelathe.passes import Pipeline, all_passes
 from support.artifacts import WORDS
@@ -46,12 +48,15 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def prepare(source: str, workplace: Path) -> None:
-    """Write the artifacts that a block opens: an encoder, and the embedded model as ``out``."""
+    """Write the artifacts that a block opens: an encoder, and as ``out`` a decoder of English."""
     if "encoder/" in source:
         encoder = capture(write_bert(workplace / "bert"))
         Onnx().lower(encoder, check=False).save(workplace / "encoder")
     if 'Model("out")' in source:
-        Onnx().lower(capture("demo"), check=False).save(workplace / "out")
+        decoder = write_llama(workplace / "decoder", num_hidden_layers=1, vocab_size=2048)
+        for path in MODEL_FOLDER.glob("tokenizer*.json"):
+            shutil.copy(path, decoder)
+        Onnx().lower(capture(decoder), check=False).save(workplace / "out")
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))

@@ -130,12 +130,3 @@ def test_data_outside_the_folder_is_refused_by(
     assert done.err.count("\n") == 2
     if manifest or command == "inspect":
         assert "'../text.txt', which lies outside the folder" in done.err
-
-
-def test_a_folder_called_demo_hides_no_embedded_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Any]
-) -> None:
-    (tmp_path / "demo").mkdir()
-    monkeypatch.chdir(tmp_path)
-    found = cli("generate", "demo", "The function", "--max-new-tokens", 1, "--json").json
-    assert len(found["tokens"]) == 1

@@ -116,7 +116,7 @@ def test_the_artifact_is_checked_and_says_so(tmp_path: Path) -> None:
 
 def test_what_was_written_can_be_written_again(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
-    source = capture(write_folder(module("gpt2"), tmp_path / "model"))
+    source = capture(write_folder(module("bert"), tmp_path / "model"))
     Checkpoint().lower(source, check=False).save(first)
     again = capture(first)
     Checkpoint().lower(again, check=False).save(second)
