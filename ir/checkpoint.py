@@ -91,6 +91,12 @@ def build(folder: Path, config: dict[str, Any]) -> Any:
     """
     import transformers
 
+    names = config.get("architectures") or [""]
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise CaptureError(
+            f"{folder / 'config.json'}: architectures is {names!r}, not a list of class names",
+            remedy='write it as in "architectures": ["LlamaForCausalLM"]',
+        )
     try:
         parsed = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # validation of a configuration raises nearly anything
@@ -98,12 +104,6 @@ def build(folder: Path, config: dict[str, Any]) -> Any:
             f"{folder / 'config.json'}: transformers cannot read it ({_first_line(error)})",
             remedy=f"check model_type; installed transformers is {transformers.__version__}",
         ) from error
-    names = config.get("architectures") or [""]
-    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise CaptureError(
-            f"{folder / 'config.json'}: architectures is {names!r}, not a list of class names",
-            remedy='write it as in "architectures": ["LlamaForCausalLM"]',
-        )
     name = names[0]
     kind = getattr(transformers, name, None) if name else None
     if name and not hasattr(kind, "_from_config"):
