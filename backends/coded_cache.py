@@ -72,7 +72,7 @@ class Oracle:
 
 
 def _tensors(arrays: Mapping[str, Array]) -> Outputs:
-    return {n: torch.from_numpy(np.ascontiguousarray(array)) for n, array in arrays.items()}
+    return {n: torch.from_numpy(np.asarray(array, order="C")) for n, array in arrays.items()}
 
 
 def _reading_given_codes(program: Program, widths: dict[str, int]) -> Program | None:

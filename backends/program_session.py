@@ -101,7 +101,7 @@ class ProgramSession(Session):
         return value.to(self.dtype or dtype) if value.is_floating_point() else value
 
     def _to_runtime(self, array: Array) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array))
+        return torch.from_numpy(np.asarray(array, order="C"))
 
     def _to_numpy(self, value: Any) -> Array:
         tensor: Tensor = value.detach()

@@ -124,7 +124,7 @@ class OnnxSession(Session):
         return results if shape is None else {**results, first.name: buffer}
 
     def _to_runtime(self, array: Array) -> Any:
-        return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+        return self._ort.OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"))
 
     def _to_numpy(self, value: Any) -> Array:
         if isinstance(value, np.ndarray):
