@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from modelathe.ir import CaptureError, capture, to_text
+from modelathe.ir import CaptureError, capture
 from modelathe.ir.checkpoint import fake_model, read_config, stored_tensors
 from modelathe.ir.mapping import Mapped, map_weights
 from support.folders import tiny_seq2seq, write_folder
@@ -171,7 +171,6 @@ def test_positions_that_are_never_saved_are_made_as_transformers_makes_them(mari
     found = capture(marian)
     for name in names:
         assert torch.equal(found.weight(name).load(), loaded.get_parameter(name))
-    assert to_text(found) == to_text(capture(loaded.eval()))
 
 
 def test_a_decoder_is_taken_out_of_a_full_model_when_its_embedding_is_there(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from torch import fx, nn
 
 from modelathe.ir import Program, capture, load_program, save_program, to_text
 from modelathe.ir.watch import Watch
-from support.folders import tiny_bert, write_folder
-from support.models import module, program
+from support.folders import tiny_bert, tiny_seq2seq, write_folder
+from support.models import program
 from support.tiny import tiny_model
 
 
@@ -60,7 +60,7 @@ def test_nothing_is_left_behind_even_by_a_failure() -> None:
 
 
 def test_a_folder_reaches_the_whole_for_every_graph(tmp_path: Path) -> None:
-    folder = write_folder(module("t5"), tmp_path)
+    folder = write_folder(tiny_seq2seq("bart"), tmp_path)
     shares, _ = told_by(lambda report: capture(folder, report=report))
     assert shares[-1] == pytest.approx(1)
     assert sum(share < 0.5 for share in shares) > 100
