@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -111,6 +112,13 @@ class _Sums:
         return Deviation(_short(usual), first, _short(spread))
 
 
+def usual_tokens(tokens: Tensor, ends: Sequence[int]) -> Tensor:
+    """Return which of the ``tokens [b, s]`` neither begin their row nor end a text."""
+    usual = ~torch.isin(tokens, tokens.new_tensor(ends))
+    usual[:, 0] = False
+    return usual
+
+
 @dataclass(slots=True)
 class _Meter:
     """Sums deviations while a program runs, in float64."""
@@ -133,10 +141,7 @@ class _Meter:
             if found.shape != self.tokens.shape:
                 self.sums[key].add(found, None)
                 continue
-            usual = torch.ones_like(self.tokens, dtype=torch.bool)
-            usual[:, 0] = False
-            usual &= ~torch.isin(self.tokens, self.tokens.new_tensor(self.ends))
-            self.sums[key].add(found[usual], found[:, 0])
+            self.sums[key].add(found[usual_tokens(self.tokens, self.ends)], found[:, 0])
 
     def means(self) -> dict[str, Deviation]:
         return {name: sums.mean() for name, sums in self.sums.items()}

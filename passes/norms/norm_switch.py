@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from ...ir import Norm
-from ..analysis.norm_deviations import Deviation, deviation
+from ..analysis.norm_deviations import Deviation, deviation, usual_tokens
 from ..training.switches import Switch
 from .freezing import Constant
 from .paths import ORDER, Path
@@ -87,14 +87,9 @@ class NormSwitch(Switch):
 
     def _usual(self, like: Tensor) -> Tensor:
         """Return which tokens are none of the special ones."""
-        plain = torch.ones_like(like, dtype=torch.bool)
         if self.tokens is not None and self.tokens.shape == like.shape:
-            plain[:, 0] = False
-            plain &= ~self._is_end(self.tokens)
-        return plain
-
-    def _is_end(self, tokens: Tensor) -> Tensor:
-        return torch.isin(tokens, tokens.new_tensor(self.end))
+            return usual_tokens(self.tokens, self.end)
+        return torch.ones_like(like, dtype=torch.bool)
 
     def _measure(self, divisor: Tensor) -> None:
         plain = self._usual(divisor)
@@ -107,7 +102,7 @@ class NormSwitch(Switch):
         if self.has_first:
             value[:, 0] = float(self.special)
         if self.has_ends and self.tokens is not None and self.tokens.shape == like.shape:
-            value[self._is_end(self.tokens)] = float(self.special)
+            value[torch.isin(self.tokens, self.tokens.new_tensor(self.end))] = float(self.special)
         return value
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from ...ir import Program, find_blocks
 from ...ir.config import end_tokens
+from ..analysis.norm_deviations import usual_tokens
 
 
 def deviation_penalty(
@@ -42,10 +42,7 @@ def deviation_penalty(
 
         def penalty() -> Tensor:
             deviation = (held[-1].var(-1, correction=0) + 1e-5).sqrt()
-            plain = torch.ones_like(tokens, dtype=torch.bool)
-            plain[:, 0] = False
-            plain &= ~torch.isin(tokens, tokens.new_tensor(ends))
-            mean = deviation[plain].mean().detach()
+            mean = deviation[usual_tokens(tokens, ends)].mean().detach()
             return weight * (deviation - mean).square().mean()
 
         return observe, penalty
