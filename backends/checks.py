@@ -15,6 +15,7 @@ from ..ir.infer import size_hints
 from ..passes import PassContext
 from ..passes.context import maximum_length
 from ..passes.fidelity import Measured, Reference, relative_error
+from ..passes.outputs import rows_of
 from ..passes.probes import Inputs, empty_cache, feeds, next_cache, probe, size_variations
 from ..passes.progress import Progress
 from .coded_cache import Oracle
@@ -263,8 +264,7 @@ def _forward(program: Program, session: Session, batch: Inputs) -> Tensor:
         return torch.from_numpy(embedding(session, batch["input_ids"].numpy()))
     graph = next(iter(session.graphs))
     first = next(iter(session.run(_arrays(batch), graph).values()))
-    value = torch.from_numpy(np.ascontiguousarray(first))
-    return value.flatten(1) if value.dim() > 1 else value.reshape(1, -1)
+    return rows_of(program.kind, torch.from_numpy(np.ascontiguousarray(first)))
 
 
 def _seq2seq(session: Session, batch: Inputs) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from abc import ABC, abstractmethod
@@ -81,7 +82,7 @@ class Session(ABC):
             )
         return self._folder
 
-    @property
+    @functools.cached_property
     def generation(self) -> dict[str, Any]:
         """The model's generation settings; empty where it has none."""
         return {} if self._folder is None else read_config(self._folder, "generation_config.json")
